@@ -1,0 +1,129 @@
+#include "checks.h"
+#include "frames.h"
+
+namespace fuse {
+namespace {
+
+constexpr const char* kFrameTypes =
+    "uint8, uint16, float32 or float64, aligned and in native byte order";
+
+template <class F>
+auto by_type(const char* name, const py::array& a, F&& f) {
+    if (holds<std::uint8_t>(a)) return f(std::uint8_t{});
+    if (holds<std::uint16_t>(a)) return f(std::uint16_t{});
+    if (holds<float>(a)) return f(float{});
+    if (holds<double>(a)) return f(double{});
+    refuse(name, a, kFrameTypes);
+}
+
+// (H, W) or (H, W, 3), neither H nor W 0, pixels of a row adjacent, rows in ascending order.
+void require_image(const char* name, const py::array& a) {
+    const bool colour = a.ndim() == 3 && a.shape(2) == 3;
+    if ((a.ndim() != 2 && !colour) || a.size() == 0) {
+        refuse(name, a, "shape (H, W) or (H, W, 3) with H, W >= 1");
+    }
+    const py::ssize_t item = a.itemsize(), pixel = colour ? 3 * item : item;
+    const bool adjacent =
+        (a.shape(1) == 1 || a.strides(1) == pixel) && (!colour || a.strides(2) == item);
+    if (!adjacent || (a.shape(0) > 1 && a.strides(0) < a.shape(1) * pixel)) {
+        refuse(name, a, "adjacent pixels and ascending rows; see numpy.ascontiguousarray");
+    }
+}
+
+void require_planes(const char* name, const py::array& a) {
+    require<float>(name, a, "float32");
+    if (a.ndim() != 3 || (a.shape(0) != 1 && a.shape(0) != 3)) {
+        refuse(name, a, "shape (1, H, W) or (3, H, W)");
+    }
+    require_contiguous(name, a);
+}
+
+template <class T>
+Image<T> image_of(T* data, const py::array& a) {
+    return {data, a.shape(0), a.shape(1), a.ndim() == 3 ? 3 : 1, a.strides(0)};
+}
+
+template <class T>
+Planes<T> planes_of(T* data, const py::array& a) {
+    return {data, a.shape(0), a.shape(1), a.shape(2)};
+}
+
+bool bind_frame_in(const py::array& src, py::array out, double low, double scale) {
+    require_image("src", src);
+    require_planes("out", out);
+    require_writeable("out", out);
+    if (out.shape(1) < src.shape(0) || out.shape(2) < src.shape(1)) {
+        refuse("out", out, "at least the height and width of src, " + describe(src));
+    }
+    require_apart("out", out, "src", src, false);
+    const auto planes = planes_of(static_cast<float*>(out.mutable_data()), out);
+    return by_type("src", src, [&](auto zero) {
+        using T = decltype(zero);
+        const auto image = image_of(static_cast<const T*>(src.data()), src);
+        const float l = static_cast<float>(low), s = static_cast<float>(scale);
+        py::gil_scoped_release release;
+        return frame_in<T>(image, planes, l, s);
+    });
+}
+
+void bind_frame_out(const py::array& fused, const py::object& visible_or_none, py::array out) {
+    require_planes("fused", fused);
+    require_image("out", out);
+    require_writeable("out", out);
+    if (fused.shape(1) < out.shape(0) || fused.shape(2) < out.shape(1)) {
+        refuse("fused", fused, "at least the height and width of out, " + describe(out));
+    }
+    require_apart("out", out, "fused", fused, false);
+    const bool needs_visible = out.ndim() == 3 && fused.shape(0) == 1;
+    py::array visible = out;
+    if (needs_visible) {
+        if (!py::isinstance<py::array>(visible_or_none)) {
+            throw py::type_error("visible: got None, expected the colour frame whose chroma out takes");
+        }
+        visible = py::reinterpret_borrow<py::array>(visible_or_none);
+        require_image("visible", visible);
+        if (visible.ndim() != 3 || visible.shape(0) != out.shape(0) ||
+            visible.shape(1) != out.shape(1) || !visible.dtype().equal(out.dtype())) {
+            refuse("visible", visible, "shape and dtype of out, " + describe(out));
+        }
+        require_apart("out", out, "visible", visible, true);
+    }
+    const auto planes = planes_of(static_cast<const float*>(fused.data()), fused);
+    by_type("out", out, [&](auto zero) {
+        using T = decltype(zero);
+        const auto colours = image_of(static_cast<const T*>(visible.data()), visible);
+        const auto image = image_of(static_cast<T*>(out.mutable_data()), out);
+        py::gil_scoped_release release;
+        frame_out<T>(planes, colours, image);
+    });
+}
+
+py::tuple bind_frame_range(const py::array& src) {
+    require_image("src", src);
+    return by_type("src", src, [&](auto zero) -> py::tuple {
+        using T = decltype(zero);
+        const auto image = image_of(static_cast<const T*>(src.data()), src);
+        Range<T> range{};
+        {
+            py::gil_scoped_release release;
+            range = frame_range<T>(image);
+        }
+        return py::make_tuple(range.lo, range.hi, range.finite);
+    });
+}
+
+}  // namespace
+
+void register_frames(py::module_& m) {
+    using py::arg;
+    m.def("frame_in", &bind_frame_in, arg("src"), arg("out"), py::kw_only(), arg("low") = 0.0,
+          arg("scale"),
+          "out[c] = clip((src - low) * scale, 0, 1), reflected to out's size; "
+          "False if a value of src is not finite.");
+    m.def("frame_out", &bind_frame_out, arg("fused"), arg("visible"), arg("out"),
+          "Crop planar float32 to out's size, restore visible's chroma, convert to out's dtype.");
+    m.def("frame_range", &bind_frame_range, arg("src"),
+          "(smallest, largest, all finite) of src's values; the two are meaningful if all are finite.");
+}
+
+}  // namespace fuse

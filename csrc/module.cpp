@@ -1,0 +1,14 @@
+#include <pybind11/pybind11.h>
+
+namespace fuse {
+void register_frames(pybind11::module_& m);
+void register_random(pybind11::module_& m);
+void register_sampler(pybind11::module_& m);
+}  // namespace fuse
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "CPU kernels of FuseEngine. Arrays are checked, never converted or copied.";
+    fuse::register_frames(m);
+    fuse::register_random(m);
+    fuse::register_sampler(m);
+}

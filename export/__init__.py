@@ -1,0 +1,1 @@
+"""Exporting programs and stages to formats that other runtimes execute."""

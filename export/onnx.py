@@ -1,0 +1,394 @@
+"""A dense network (stage) as an ONNX model, height and width left open.
+
+The module is traced with ``torch.fx`` and written node by node, which takes a fraction of a second
+(``torch.onnx.export`` takes ten or more for the same U-Net) and leaves the form of each layer to
+us: GroupNorm as channel means plus a small matrix, so that no runtime has to leave its channels-last
+layout; space-to-depth folded into the convolution beside it. Modules with layers outside the table
+go through ``torch.onnx.export``.
+
+Opset 18, standard operators only (TensorRT 10.3, ONNX Runtime and OpenVINO import them).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, fx, nn
+
+from fuseengine.errors import CompileError
+
+OPSET = 18
+
+
+class UnsupportedLayerError(CompileError):
+    """The table has no ONNX form for a layer; :func:`stage_to_onnx` then uses PyTorch's exporter."""
+
+
+class OnnxWriter:
+    """Collects nodes and weights of one ONNX graph."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self._count = 0
+
+    def add(self, op: str, *inputs: str, name: str = "", **attributes: Any) -> str:
+        """Append a node with one output and return the output's name."""
+        self._count += 1
+        output = name or f"{op.lower()}_{self._count}"
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def constant(self, value: Any, name: str = "") -> str:
+        """An initializer; equal unnamed constants are stored once."""
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        array = np.ascontiguousarray(array)
+        if not name:
+            name = f"const_{array.dtype}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()[:64]}"
+            if array.size > 8:
+                name = f"const_{len(self.initializers)}"
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def model(
+        self,
+        inputs: Sequence[onnx.ValueInfoProto],
+        outputs: Sequence[onnx.ValueInfoProto],
+        name: str,
+    ) -> onnx.ModelProto:
+        """The finished model."""
+        graph = helper.make_graph(
+            self.nodes, name, list(inputs), list(outputs), list(self.initializers.values())
+        )
+        return helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=9,
+            producer_name="fuseengine",
+        )
+
+
+def stage_to_onnx(
+    module: nn.Module,
+    inputs: Sequence[tuple[str, Sequence[int | str]]],
+    outputs: Sequence[tuple[str, Sequence[int | str]]],
+    *,
+    name: str = "stage",
+    use: Sequence[int] | None = None,
+) -> onnx.ModelProto:
+    """Write a module as an ONNX model in float32.
+
+    Args:
+        module: the network, float32, in evaluation mode.
+        inputs: name and shape per argument of its forward; text dimensions stay open.
+        outputs: name and shape per result that is used.
+        name: graph name.
+        use: which of the forward's results are wanted, by index; what only others need is left
+            out. All by default.
+
+    Returns:
+        A checked model whose dead nodes are gone.
+
+    Raises:
+        UnsupportedLayerError: a layer has no ONNX form here.
+    """
+    writer = OnnxWriter()
+    graph = fx.Tracer().trace(module)
+    lowering = _Lowering(writer, module, [n for n, _ in inputs])
+    results = lowering.run(graph)
+    results = [results[i] for i in (use if use is not None else range(len(results)))]
+    for result, (output, _) in zip(results, outputs, strict=True):
+        writer.add("Identity", result, name=output)
+    _drop_dead(writer, [n for n, _ in outputs])
+    model = writer.model(
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(s)) for n, s in inputs],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(s)) for n, s in outputs],
+        name,
+    )
+    onnx.checker.check_model(model)
+    return model
+
+
+class _Lowering:
+    """Walks an fx graph and writes each node."""
+
+    def __init__(self, writer: OnnxWriter, module: nn.Module, input_names: Sequence[str]) -> None:
+        self.writer = writer
+        self.module = module
+        self.input_names = list(input_names)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run(self, graph: fx.Graph) -> list[str]:
+        names = iter(self.input_names)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = next(names)
+            elif node.op == "get_attr":
+                self.values[node] = self.writer.constant(_fetch(self.module, node.target), node.target)
+            elif node.op == "output":
+                result = fx.map_arg(node.args[0], self.values.__getitem__)
+                return list(result) if isinstance(result, (tuple, list)) else [result]
+            else:
+                self.values[node] = self._lower(node)
+        raise CompileError("a traced graph without output")
+
+    def _lower(self, node: fx.Node) -> Any:
+        args = fx.map_arg(node.args, self.values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
+        if node.op == "call_module":
+            layer = self.module.get_submodule(node.target)
+            handler = _LAYERS.get(type(layer))
+            if handler is None:
+                raise UnsupportedLayerError(f"no ONNX form for layer {type(layer).__name__}")
+            return handler(self.writer, layer, node.target, *args)
+        key = node.target if node.op == "call_function" else str(node.target)
+        handler = _FUNCTIONS.get(key)
+        if handler is None:
+            raise UnsupportedLayerError(f"no ONNX form for {key}")
+        return handler(self.writer, *args, **kwargs)
+
+
+def _fetch(module: nn.Module, path: str) -> Tensor:
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module  # type: ignore[return-value]
+
+
+def _drop_dead(writer: OnnxWriter, outputs: Sequence[str]) -> None:
+    needed, kept = set(outputs), []
+    for node in reversed(writer.nodes):
+        if needed.intersection(node.output):
+            kept.append(node)
+            needed.update(node.input)
+    writer.nodes = kept[::-1]
+    writer.initializers = {n: v for n, v in writer.initializers.items() if n in needed}
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+class _Unshuffled:
+    """``pixel_unshuffle(x, factor)`` not yet written, to be merged into the next convolution."""
+
+    def __init__(self, x: str, factor: int) -> None:
+        self.x, self.factor = x, factor
+
+
+def _conv_on_blocks(w: OnnxWriter, layer: nn.Conv2d, path: str, x: _Unshuffled) -> str:
+    """A k x k convolution over p x p blocks as channels = a kp x kp convolution with stride p."""
+    p = x.factor
+    out, channels, rows, columns = layer.weight.shape
+    weight = layer.weight.detach().reshape(out, channels // p**2, p, p, rows, columns)
+    weight = weight.permute(0, 1, 4, 2, 5, 3).reshape(out, channels // p**2, rows * p, columns * p)
+    inputs = [x.x, w.constant(weight, f"{path}.weight")]
+    if layer.bias is not None:
+        inputs.append(w.constant(layer.bias, f"{path}.bias"))
+    pad = [layer.padding[0] * p, layer.padding[1] * p]
+    return w.add(
+        "Conv", *inputs, kernel_shape=[rows * p, columns * p], strides=[p, p], pads=pad * 2
+    )
+
+
+def _conv(w: OnnxWriter, layer: nn.Conv2d, path: str, x: str | _Unshuffled) -> str:
+    if isinstance(x, _Unshuffled):
+        return _conv_on_blocks(w, layer, path, x)
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise UnsupportedLayerError("convolutions with padding other than explicit zeros")
+    inputs = [x, w.constant(layer.weight, f"{path}.weight")]
+    if layer.bias is not None:
+        inputs.append(w.constant(layer.bias, f"{path}.bias"))
+    pad = [*layer.padding, *layer.padding]
+    return w.add(
+        "Conv",
+        *inputs,
+        kernel_shape=list(layer.kernel_size),
+        strides=list(layer.stride),
+        pads=pad,
+        dilations=list(layer.dilation),
+        group=layer.groups,
+    )
+
+
+def _conv_transpose(w: OnnxWriter, layer: nn.ConvTranspose2d, path: str, x: str) -> str:
+    inputs = [x, w.constant(layer.weight, f"{path}.weight")]
+    if layer.bias is not None:
+        inputs.append(w.constant(layer.bias, f"{path}.bias"))
+    return w.add(
+        "ConvTranspose",
+        *inputs,
+        kernel_shape=list(layer.kernel_size),
+        strides=list(layer.stride),
+        pads=[*layer.padding, *layer.padding],
+        output_padding=list(layer.output_padding),
+        dilations=list(layer.dilation),
+        group=layer.groups,
+    )
+
+
+def _linear(w: OnnxWriter, layer: nn.Linear, path: str, x: str) -> str:
+    product = w.add("MatMul", x, w.constant(layer.weight.detach().t(), f"{path}.weight_t"))
+    return product if layer.bias is None else w.add("Add", product, w.constant(layer.bias, f"{path}.bias"))
+
+
+def _group_norm(w: OnnxWriter, layer: nn.GroupNorm, path: str, x: str) -> str:
+    """GroupNorm without leaving the (N, C, H, W) shape.
+
+    Channel means, a C x C matrix that averages within groups, then one multiply-add per pixel. The
+    reshape to (N, groups, -1) of the usual form makes runtimes change layout twice per norm.
+    """
+    channels, groups = layer.num_channels, layer.num_groups
+    same = np.kron(np.eye(groups), np.full((channels // groups,) * 2, groups / channels))
+    mix = w.constant(same.astype(np.float32).reshape(channels, channels, 1, 1), f"mix_{channels}_{groups}")
+    axes = w.constant(np.array([2, 3], dtype=np.int64))
+    mean = w.add("Conv", w.add("ReduceMean", x, axes, keepdims=1), mix)
+    centred = w.add("Sub", x, mean)
+    square = w.add("ReduceMean", w.add("Mul", centred, centred), axes, keepdims=1)
+    variance = w.add("Conv", square, mix)
+    scale = w.add(
+        "Reciprocal", w.add("Sqrt", w.add("Add", variance, w.constant(np.float32(layer.eps))))
+    )
+    if layer.affine:
+        weight = layer.weight.detach().reshape(1, -1, 1, 1)
+        scale = w.add("Mul", scale, w.constant(weight, f"{path}.weight"))
+        bias = w.constant(layer.bias.detach().reshape(1, -1, 1, 1), f"{path}.bias")
+        return w.add("Add", w.add("Mul", centred, scale), bias)
+    return w.add("Mul", centred, scale)
+
+
+def _silu(w: OnnxWriter, x: str, inplace: bool = False) -> str:
+    return w.add("Mul", x, w.add("Sigmoid", x))
+
+
+def _pass_through(w: OnnxWriter, layer: nn.Module, path: str, x: str) -> str:
+    return x
+
+
+_LAYERS: dict[type, Callable[..., str]] = {
+    nn.Conv2d: _conv,
+    nn.ConvTranspose2d: _conv_transpose,
+    nn.Linear: _linear,
+    nn.GroupNorm: _group_norm,
+    nn.Identity: _pass_through,
+    nn.Dropout: _pass_through,
+    nn.SiLU: lambda w, layer, path, x: _silu(w, x),
+    nn.ReLU: lambda w, layer, path, x: w.add("Relu", x),
+    nn.Sigmoid: lambda w, layer, path, x: w.add("Sigmoid", x),
+    nn.Tanh: lambda w, layer, path, x: w.add("Tanh", x),
+}
+
+
+# --- functions and methods ------------------------------------------------------------------------
+
+
+class _Shape:
+    """A traced ``x.shape``: indexing it gives the name of a dimension."""
+
+    def __init__(self, x: str) -> None:
+        self.x = x
+
+
+def _operand(w: OnnxWriter, value: Any) -> str:
+    return value if isinstance(value, str) else w.constant(np.float32(value))
+
+
+def _binary(op: str) -> Callable[..., str]:
+    def write(w: OnnxWriter, x: Any, y: Any) -> str:
+        return w.add(op, _operand(w, x), _operand(w, y))
+
+    return write
+
+
+def _reduce(op: str) -> Callable[..., str]:
+    def write(w: OnnxWriter, x: str, dim: Any = None, keepdim: bool = False) -> str:
+        axes = [dim] if isinstance(dim, int) else list(dim)
+        return w.add(op, x, w.constant(np.array(axes, dtype=np.int64)), keepdims=int(keepdim))
+
+    return write
+
+
+def _getattr(w: OnnxWriter, x: str, attribute: str) -> _Shape:
+    if attribute != "shape":
+        raise UnsupportedLayerError(f"no ONNX form for attribute {attribute}")
+    return _Shape(x)
+
+
+def _getitem(w: OnnxWriter, x: Any, index: Any) -> str:
+    if isinstance(x, _Shape):
+        i = w.constant(np.array([index], dtype=np.int64))
+        return w.add("Gather", w.add("Shape", x.x), i, axis=0)
+    if isinstance(x, (list, tuple)):
+        return x[index]
+    index = index if isinstance(index, tuple) else (index,)
+    new_axes: list[int] = []
+    starts, ends, axes = [], [], []
+    axis = 0
+    for position, item in enumerate(index):
+        if item is None:
+            new_axes.append(position)
+            continue
+        if not isinstance(item, slice) or item.step not in (None, 1):
+            raise UnsupportedLayerError(f"no ONNX form for index {index}")
+        if item.start is not None or item.stop is not None:
+            starts.append(item.start or 0)
+            ends.append(np.iinfo(np.int64).max if item.stop is None else item.stop)
+            axes.append(axis)
+        axis += 1
+    if axes:
+        x = w.add(
+            "Slice", x, _dimensions(w, starts), _dimensions(w, ends), w.constant(np.array(axes, np.int64))
+        )
+    if new_axes:
+        x = w.add("Unsqueeze", x, w.constant(np.array(new_axes, dtype=np.int64)))
+    return x
+
+
+def _dimensions(w: OnnxWriter, values: Sequence[int | str]) -> str:
+    if all(not isinstance(v, str) for v in values):
+        return w.constant(np.array(values, dtype=np.int64))
+    parts = [v if isinstance(v, str) else w.constant(np.array([v], dtype=np.int64)) for v in values]
+    return parts[0] if len(parts) == 1 else w.add("Concat", *parts, axis=0)
+
+
+def _concat(w: OnnxWriter, tensors: Sequence[str], dim: int = 0) -> str:
+    return w.add("Concat", *tensors, axis=dim)
+
+
+def _clamp(w: OnnxWriter, x: str, min: float | None = None, max: float | None = None) -> str:
+    bounds = ["" if v is None else w.constant(np.float32(v)) for v in (min, max)]
+    return w.add("Clip", x, *bounds)
+
+
+def _space_to_depth(w: OnnxWriter, x: str, factor: int) -> _Unshuffled:
+    return _Unshuffled(x, factor)
+
+
+def _depth_to_space(w: OnnxWriter, x: str, factor: int) -> str:
+    return w.add("DepthToSpace", x, blocksize=factor, mode="CRD")
+
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.silu: _silu,
+    F.relu: lambda w, x, inplace=False: w.add("Relu", x),
+    F.pixel_unshuffle: _space_to_depth,
+    F.pixel_shuffle: _depth_to_space,
+    torch.sigmoid: lambda w, x: w.add("Sigmoid", x),
+    torch.cat: _concat,
+    operator.add: _binary("Add"),
+    operator.sub: _binary("Sub"),
+    operator.mul: _binary("Mul"),
+    operator.truediv: _binary("Div"),
+    operator.getitem: _getitem,
+    getattr: _getattr,
+    "mean": _reduce("ReduceMean"),
+    "amax": _reduce("ReduceMax"),
+    "clamp": _clamp,
+    "sigmoid": lambda w, x: w.add("Sigmoid", x),
+}

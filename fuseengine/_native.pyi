@@ -1,0 +1,34 @@
+"""CPU kernels. Arrays are checked, never converted or copied; ValueError says what does not fit."""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+# uint8, uint16, float32 or float64, (H, W) or (H, W, 3): pixels adjacent, rows ascending.
+Frame: TypeAlias = NDArray[Any]
+Float32: TypeAlias = NDArray[np.float32]
+
+def frame_in(src: Frame, out: Float32, *, low: float = 0.0, scale: float) -> bool: ...
+def frame_out(fused: Float32, visible: Frame | None, out: Frame) -> None: ...
+def frame_range(src: Frame) -> tuple[float, float, bool]: ...
+def joint_ddim_step(
+    x: Float32,
+    eps: Float32,
+    mask: Float32,
+    y1: Float32,
+    y2: Float32,
+    out: Float32,
+    *,
+    sqrt_abar: float,
+    sqrt_one_minus_abar: float,
+    sqrt_abar_prev: float,
+    sqrt_one_minus_abar_prev: float,
+    lam: float,
+    form: int,
+) -> None: ...
+def philox_normal(out: Float32, seed: int, offset: int = 0) -> None: ...
+def philox_words(out: NDArray[np.uint32], seed: int, offset: int = 0) -> None: ...
+def philox4x32_10(
+    c0: int, c1: int, c2: int, c3: int, k0: int, k1: int
+) -> tuple[int, int, int, int]: ...

@@ -1,0 +1,70 @@
+"""What a backend is, and what it is given."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol
+
+from fuseengine.program import StageVariant
+from fuseengine.runtime.executor import StageRunner
+
+
+class StageSource(Protocol):
+    """The networks behind a program's stages."""
+
+    def onnx(self, variant: StageVariant) -> bytes:
+        """The variant as a serialised ONNX model in float32, height and width open."""
+
+    def module(self, variant: StageVariant) -> Any:
+        """The stage as a ``torch.nn.Module`` in float32; may have to import torch."""
+
+
+class Backend(ABC):
+    """Lowers stages. Stateless; :meth:`lower` may raise anything its library raises."""
+
+    name: ClassVar[str]
+    extra: ClassVar[str]
+    """The install extra that brings its library."""
+    library: ClassVar[str]
+    """The import name of its library."""
+    quick: ClassVar[bool] = True
+    """Whether lowering takes seconds; slow ones are tried with ``effort="full"`` only."""
+
+    def unavailable(self, device: str) -> str | None:
+        """Why it cannot be used on a device ("cpu", "cuda"); None when it can."""
+        if importlib.util.find_spec(self.library) is None:
+            return (
+                f"{self.library} is not installed; install it with: "
+                f"pip install 'fuseengine[{self.extra}]'"
+            )
+        return None
+
+    @abstractmethod
+    def precisions(self, device: str) -> tuple[str, ...]:
+        """Names of the precisions it offers on a device, "fp32" first."""
+
+    @abstractmethod
+    def lower(
+        self,
+        source: StageSource,
+        variant: StageVariant,
+        shapes: tuple[tuple[int, ...], ...],
+        *,
+        precision: str,
+        device: str,
+        threads: int,
+    ) -> StageRunner:
+        """Lower one stage variant.
+
+        Args:
+            source: where its network comes from.
+            variant: which stage and which of its results.
+            shapes: shape of each of the stage's inputs.
+            precision: one of :meth:`precisions`.
+            device: "cpu" or "cuda".
+            threads: CPU threads to use.
+
+        Returns:
+            A runner for inputs of these shapes.
+        """

@@ -1,0 +1,99 @@
+"""Stages through OpenVINO's CPU plugin. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fuseengine.backends.base import Backend, StageSource
+from fuseengine.program import StageVariant
+from fuseengine.runtime.executor import StageRunner
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+
+class OpenVinoBackend(Backend):
+    """OpenVINO; the precision is always said, because its default on many CPUs is bfloat16."""
+
+    name = "openvino"
+    extra = "openvino"
+    library = "openvino"
+
+    def unavailable(self, device: str) -> str | None:
+        """Only the CPU."""
+        if device != "cpu":
+            return "it runs stages on the CPU here; use device='cpu' or another backend"
+        return super().unavailable(device)
+
+    def precisions(self, device: str) -> tuple[str, ...]:
+        """Float32, and bfloat16 or float16 where the processor computes in them."""
+        capabilities = _capabilities()
+        offered = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
+        return tuple(name for name, flag in offered.items() if name == "fp32" or flag in capabilities)
+
+    def lower(
+        self,
+        source: StageSource,
+        variant: StageVariant,
+        shapes: tuple[tuple[int, ...], ...],
+        *,
+        precision: str,
+        device: str,
+        threads: int,
+    ) -> StageRunner:
+        """Compile the ONNX model for fixed shapes."""
+        from openvino import properties
+
+        core = _core()
+        model = core.read_model(source.onnx(variant))
+        model.reshape(
+            {value.any_name: list(s) for value, s in zip(model.inputs, shapes, strict=True)}
+        )
+        compiled = core.compile_model(
+            model,
+            "CPU",
+            {
+                properties.hint.performance_mode: properties.hint.PerformanceMode.LATENCY,
+                properties.hint.inference_precision: _HINTS[precision],
+                properties.inference_num_threads: threads,
+                properties.num_streams: 1,
+                properties.hint.enable_cpu_pinning: False,
+            },
+        )
+        return _Runner(compiled)
+
+
+class _Runner:
+    def __init__(self, compiled: Any) -> None:
+        # One request for all calls of the stage: its intermediate memory exists once.
+        self.request = compiled.create_infer_request()
+
+    def bind(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Callable[[], object]:
+        from openvino import Tensor
+
+        given = [Tensor(array, shared_memory=True) for array in inputs]
+        made = [Tensor(array, shared_memory=True) for array in outputs]
+        request = self.request
+
+        def call() -> None:
+            for index, tensor in enumerate(given):
+                request.set_input_tensor(index, tensor)
+            for index, tensor in enumerate(made):
+                request.set_output_tensor(index, tensor)
+            request.infer()
+
+        return call
+
+
+@cache
+def _core() -> Any:
+    import openvino
+
+    return openvino.Core()
+
+
+@cache
+def _capabilities() -> tuple[str, ...]:
+    return tuple(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))

@@ -1,0 +1,145 @@
+"""The cache of compiled engines: content-keyed folders, safe when two processes write one.
+
+An entry is written into a temporary folder beside its place and renamed, so a reader sees a whole
+entry or none. The place is ``~/.cache/fuseengine``, or what ``FUSEENGINE_CACHE`` says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fuseengine.errors import CacheError
+
+_LIBRARIES = ("torch", "onnxruntime", "openvino", "numpy")
+
+
+def cache_folder() -> Path:
+    """Where entries live (not created here)."""
+    chosen = os.environ.get("FUSEENGINE_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "fuseengine"
+
+
+def fingerprint(arrays: Iterable[tuple[str, NDArray[Any]]], *texts: str) -> str:
+    """Hash of named arrays and texts, independent of the arrays' order."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays, key=lambda item: item[0]):
+        digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    for text in texts:
+        digest.update(b"\0" + text.encode())
+    return digest.hexdigest()
+
+
+@cache
+def environment_key() -> str:
+    """Hash of what else decides a compiled engine: this package's code, libraries, processor."""
+    digest = hashlib.sha256()
+    for folder in _source_folders():
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    for library in _LIBRARIES:
+        try:
+            digest.update(f"{library}={metadata.version(library)};".encode())
+        except metadata.PackageNotFoundError:
+            digest.update(f"{library}=none;".encode())
+    digest.update(_processor().encode())
+    return digest.hexdigest()
+
+
+def key_of(settings: Mapping[str, Any]) -> str:
+    """The entry's name for settings (plain JSON data, the model's fingerprint among them)."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256((environment_key() + text).encode()).hexdigest()[:40]
+
+
+def load(key: str) -> dict[str, bytes] | None:
+    """The files of an entry by name, or None when there is none.
+
+    A damaged entry (a hash that does not fit) is removed and counts as none.
+    """
+    folder = cache_folder() / key
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        files = {name: (folder / name).read_bytes() for name in index}
+    except (OSError, ValueError):
+        return None
+    for name, content in files.items():
+        if hashlib.sha256(content).hexdigest() != index[name]:
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+    return files
+
+
+def store(key: str, files: Mapping[str, bytes]) -> None:
+    """Write an entry; if another process was first, theirs stays.
+
+    Raises:
+        CacheError: the folder cannot be written.
+    """
+    root = cache_folder()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=root))
+    except OSError as error:
+        raise CacheError(
+            f"cannot write the cache folder {root} ({error}); set FUSEENGINE_CACHE to a folder that "
+            "can be written, or compile with cache=False"
+        ) from error
+    try:
+        index = {}
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+            index[name] = hashlib.sha256(content).hexdigest()
+        (temporary / "index.json").write_text(json.dumps(index), encoding="utf-8")
+        temporary.replace(root / key)
+    except OSError:
+        # The entry exists already (a folder with files cannot be replaced), or the disk is full:
+        # either way the engine at hand works.
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Named arrays as one npz file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def unpack_arrays(content: bytes) -> dict[str, NDArray[Any]]:
+    """The inverse of :func:`pack_arrays`; never unpickles."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def _source_folders() -> list[Path]:
+    folders = [Path(__file__).parent]
+    for part in ("kernels", "export"):
+        spec = importlib.util.find_spec(f"fuseengine.{part}")
+        if spec is not None and spec.submodule_search_locations:
+            folders += [Path(place) for place in spec.submodule_search_locations]
+    return folders
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        wanted = ("model name", "flags", "Features", "CPU part")
+        lines = [line for line in text.splitlines() if line.startswith(wanted)]
+        return "\n".join(sorted(set(lines)))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"

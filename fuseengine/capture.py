@@ -1,0 +1,331 @@
+"""Capture: from a model's forward to a program.
+
+The outer forward, the sampling loop, is traced with ``torch.fx``: stages are leaves, ops are calls,
+timesteps and coefficients are Python numbers by then. Shapes come from running the trace at two small
+sizes, which makes them symbolic in the picture's height and width.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fuseengine import kernels
+from fuseengine.errors import CaptureError
+from fuseengine.passes import run_passes
+from fuseengine.program import Node, Program, Value, symbolic
+
+_PROBE_BLOCKS = ((8, 12), (12, 20))
+"""Two sizes, in units of the model's multiple, that differ in H, W, H / W and H * W. Small: they are
+really computed, because the meta device costs more (it imports all of torch._dynamo)."""
+
+
+def capture(model: nn.Module, *, optimise: bool = True) -> Program:
+    """Capture a model as a program.
+
+    Args:
+        model: a :class:`~fuseengine.models.base.FusionModel`, or any module with
+            ``forward(a, b) -> fused``. Without stages it becomes one stage.
+        optimise: whether to run the passes of :mod:`fuseengine.passes`.
+
+    Returns:
+        The program, for any size that is a multiple of ``program.multiple``.
+
+    Raises:
+        CaptureError: the forward does something outside stages that a program cannot say.
+    """
+    stages = tuple(getattr(model, "stages", ()))
+    training = model.training
+    model.eval()
+    try:
+        recorder = _Recorder(model, stages)
+        program = recorder.record()
+    finally:
+        model.train(training)
+    return run_passes(program, model) if optimise else program
+
+
+class _StageTracer(fx.Tracer):
+    """Traces the outer forward; stages stay whole, everything else is entered."""
+
+    def __init__(self, stages: tuple[str, ...]) -> None:
+        super().__init__()
+        self.stages = stages
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.stages
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # Parameters stay real tensors: a schedule computed from learned alphas becomes numbers.
+        return attr_val
+
+
+class _Recorder:
+    """Turns a traced graph into nodes, values and constants."""
+
+    def __init__(self, model: nn.Module, stages: tuple[str, ...]) -> None:
+        self.model, self.stages = model, stages
+        self.planes = 3 if getattr(model, "channels", "luma") == "rgb" else 1
+        self.multiple = int(getattr(model, "multiple", 1))
+        self.sizes = tuple(
+            (self.multiple * h, self.multiple * w) for h, w in _PROBE_BLOCKS
+        )
+        self.values: dict[str, Value] = {}
+        self.constants: dict[str, np.ndarray] = {}
+        self.nodes: list[Node] = []
+        self.names: dict[fx.Node, Any] = {}
+
+    def record(self) -> Program:
+        graph = self._trace()
+        shapes = self._shapes(graph)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                if node.users or len(self.values) < 2:
+                    self._value(node, node.name, shapes)
+            elif node.op == "get_attr":
+                name = str(node.target).replace(".", "_")
+                if name in self.constants:
+                    self.names[node] = name
+                else:
+                    self._constant(node, name, _attribute(self.model, str(node.target)))
+            elif node.op == "call_module":
+                self._stage(node, shapes)
+            elif node.op == "output":
+                output = self.names[node.args[0]]
+            else:
+                self._operation(node, shapes)
+        inputs = [n.name for n in graph.nodes if n.op == "placeholder"]
+        if len(inputs) != 2:
+            raise CaptureError(
+                f"forward takes {len(inputs)} tensors ({', '.join(inputs)}); expected (a, b)"
+            )
+        program = Program(
+            model=getattr(self.model, "name", "") or type(self.model).__name__,
+            channels=getattr(self.model, "channels", "luma"),
+            multiple=self.multiple,
+            inputs=(inputs[0], inputs[1]),
+            output=output,
+            values=self.values,
+            constants=self.constants,
+            nodes=tuple(self.nodes),
+        )
+        program.check()
+        return program
+
+    def _trace(self) -> fx.Graph:
+        if not self.stages:
+            graph = fx.Graph()
+            a, b = graph.placeholder("a"), graph.placeholder("b")
+            graph.output(graph.call_module("", (a, b)))
+            return graph
+        try:
+            return _StageTracer(self.stages).trace(self.model)
+        except (fx.proxy.TraceError, TypeError) as error:
+            raise CaptureError(
+                f"the forward of {type(self.model).__name__} cannot be traced: {error}. Data-dependent "
+                "control flow belongs into a stage; or leave `stages` empty to lower it whole"
+            ) from error
+
+    def _shapes(self, graph: fx.Graph) -> dict[fx.Node, Any]:
+        """Symbolic shape (or list of shapes) per node, from runs at two sizes."""
+        device = next((t.device for t in self.model.parameters()), torch.device("cpu"))
+        runs = []
+        for height, width in self.sizes:
+            pair = [torch.zeros(1, self.planes, height, width, device=device) for _ in range(2)]
+            with torch.no_grad():
+                if self.stages:
+                    interpreter = _ShapeInterpreter(fx.GraphModule(self.model, graph))
+                    interpreter.run(*pair)
+                    runs.append(interpreter.seen)
+                else:
+                    runs.append(dict(zip(graph.nodes, [*pair, self.model(*pair)], strict=False)))
+
+        def join(one: Any, two: Any) -> Any:
+            if isinstance(one, (tuple, list)):
+                return [join(x, y) for x, y in zip(one, two, strict=True)]
+            return symbolic(one.shape, two.shape, self.sizes)
+
+        return {
+            node: join(runs[0][node], runs[1][node])
+            for node in runs[0]
+            if node.op not in ("output", "get_attr") and not _is_number(runs[0][node])
+        }
+
+    def _value(self, node: fx.Node, name: str, shapes: dict[fx.Node, Any]) -> str:
+        self.values[name] = Value(name, shapes[node])
+        self.names[node] = name
+        return name
+
+    def _constant(self, node: fx.Node | None, name: str, tensor: Tensor) -> str:
+        array = tensor.detach().float().cpu().numpy()
+        while name in self.values:
+            name += "_"
+        self.constants[name] = np.ascontiguousarray(array)
+        self.values[name] = Value(name, tuple(array.shape))
+        if node is not None:
+            self.names[node] = name
+        return name
+
+    def _stage(self, node: fx.Node, shapes: dict[fx.Node, Any]) -> None:
+        if node.kwargs:
+            raise CaptureError(f"stage {node.target!r} is called with keywords; use positions")
+        inputs = []
+        for argument in node.args:
+            if isinstance(argument, fx.Node):
+                inputs.append(self.names[argument])
+            elif _is_number(argument):
+                inputs.append(
+                    self._constant(None, f"{node.name}_number", torch.tensor(float(argument)))
+                )
+            else:
+                raise CaptureError(f"stage {node.target!r} is given {argument!r}; expected tensors")
+        if isinstance(shapes[node], list):
+            outputs = [f"{node.name}_{i}" for i in range(len(shapes[node]))]
+            for name, shape in zip(outputs, shapes[node], strict=True):
+                self.values[name] = Value(name, shape)
+            self.names[node] = outputs
+        else:
+            outputs = [self._value(node, node.name, shapes)]
+        self.nodes.append(Node("stage", str(node.target), tuple(inputs), tuple(outputs)))
+
+    def _operation(self, node: fx.Node, shapes: dict[fx.Node, Any]) -> None:
+        if node.target is operator.getitem and isinstance(self.names.get(node.args[0]), list):
+            self.names[node] = self.names[node.args[0]][node.args[1]]
+            return
+        key = node.target if node.op == "call_function" else str(node.target)
+        rule = _RULES.get(key)
+        if rule is None:
+            name = getattr(key, "__name__", key)
+            raise CaptureError(
+                f"{name} stands outside the stages and no op of a program does it; put it into a "
+                f"stage, or use one of: {', '.join(sorted({str(r.__name__) for r in _RULES.values()}))}"
+            )
+        op, inputs, attrs = rule(node)
+        for argument in inputs:
+            if not isinstance(self.names.get(argument), str):
+                raise CaptureError(f"{op} of {argument}, which is no tensor of the program")
+        self._value(node, node.name, shapes)
+        self.nodes.append(
+            Node("op", op, tuple(self.names[i] for i in inputs), (node.name,), attrs)
+        )
+
+
+class _ShapeInterpreter(fx.Interpreter):
+    """Runs a graph and keeps what every node gave."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.seen: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.seen[n] = result
+        return result
+
+
+def _attribute(module: nn.Module, path: str) -> Tensor:
+    owner: Any = module
+    for part in path.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# --- rules: fx node -> op name, tensor arguments, attributes ----------------------------------------
+
+Rule = Callable[[fx.Node], tuple[str, list[fx.Node], dict[str, Any]]]
+
+
+def _binary(op: str) -> Rule:
+    def rule(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+        x, y = node.args
+        if _is_number(x):
+            return op, [y], {"scalar": float(x), "scalar_first": True}
+        if _is_number(y):
+            return op, [x], {"scalar": float(y)}
+        return op, [x, y], {}
+
+    rule.__name__ = op
+    return rule
+
+
+def _concat(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    return "concat", list(node.args[0]), {"axis": axis}
+
+
+def _slice(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    bounds = []
+    for item in index:
+        if not isinstance(item, slice) or item.step not in (None, 1):
+            raise CaptureError(f"index {index}; expected plain slices with numbers")
+        for bound in (item.start, item.stop):
+            if bound is not None and not isinstance(bound, int):
+                raise CaptureError(f"index {index}; expected plain slices with numbers")
+        bounds.append([item.start, item.stop])
+    return "slice", [node.args[0]], {"bounds": bounds}
+
+
+def _clamp(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    names = ("min", "max")
+    given = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+    return "clamp", [node.args[0]], {name: given.get(name) for name in names}
+
+
+_SCALES = ("sqrt_abar", "sqrt_one_minus_abar", "sqrt_abar_prev", "sqrt_one_minus_abar_prev")
+
+
+def _ddim_step(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    return "ddim_step", list(node.args[:2]), dict(zip(_SCALES, node.args[2:], strict=True))
+
+
+def _joint_ddim_step(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    attrs = dict(zip((*_SCALES, "lam"), node.args[5:], strict=True))
+    return "joint_ddim_step", list(node.args[:5]), {**attrs, **node.kwargs}
+
+
+def _block(op: str) -> Rule:
+    def rule(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+        return op, [node.args[0]], {"scale": node.args[1]}
+
+    rule.__name__ = op
+    return rule
+
+
+def _circular_convolution(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    return "circular_convolution", list(node.args), {}
+
+
+def _wiener_deconvolution(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    return "wiener_deconvolution", list(node.args[:2]), {"regularisation": node.args[2]}
+
+
+_RULES: dict[Any, Rule] = {
+    operator.add: _binary("add"),
+    torch.add: _binary("add"),
+    operator.sub: _binary("sub"),
+    torch.sub: _binary("sub"),
+    operator.mul: _binary("mul"),
+    torch.mul: _binary("mul"),
+    operator.truediv: _binary("div"),
+    torch.cat: _concat,
+    torch.concat: _concat,
+    operator.getitem: _slice,
+    "clamp": _clamp,
+    torch.clamp: _clamp,
+    kernels.ddim_step: _ddim_step,
+    kernels.joint_ddim_step: _joint_ddim_step,
+    kernels.block_mean: _block("block_mean"),
+    kernels.block_repeat: _block("block_repeat"),
+    kernels.circular_convolution: _circular_convolution,
+    kernels.wiener_deconvolution: _wiener_deconvolution,
+}

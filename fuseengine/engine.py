@@ -1,0 +1,224 @@
+"""``compile(model)`` and the engine it gives."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from fuseengine.backends import BACKENDS, StageSource
+from fuseengine.errors import SizeMismatchError
+from fuseengine.program import Program, StageVariant, resolve
+from fuseengine.report import Profile, Report
+from fuseengine.runtime.executor import CpuDevice, Device, Executor, StageRunner
+from fuseengine.runtime.frames import FrameAdapter, prepare_pair
+
+Choice = Mapping[StageVariant, tuple[str, str]]
+"""Stage variant -> (backend, precision)."""
+
+_SIZES_KEPT = 4
+"""Executors that an engine without a fixed size keeps."""
+
+
+class Engine:
+    """A program whose stages are lowered, with its buffers: call it with frames.
+
+    One engine fuses one pair at a time; calls from several threads wait for each other. Made by
+    :func:`fuseengine.compile`.
+
+    Attributes:
+        program: the captured model; prints readably.
+        report: what compile() tried and chose; prints as a table.
+        size: (height, width) of the frames it takes, or None: it specialises itself to each size.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        source: StageSource,
+        choice: Choice,
+        report: Report,
+        *,
+        size: tuple[int, int] | None,
+        device: str,
+        threads: int,
+    ) -> None:
+        self.program, self.report = program, report
+        self.size, self.device, self.threads = size, device, threads
+        self._source, self._choice = source, dict(choice)
+        self._plans: OrderedDict[tuple[int, int], tuple[FrameAdapter, Executor]] = OrderedDict()
+        self._lock = threading.Lock()
+        if size is not None:
+            self._plan(size)
+
+    def __call__(
+        self,
+        infrared: Any,
+        visible: Any,
+        *,
+        out: Any | None = None,
+        resize: Literal["infrared"] | None = None,
+        infrared_range: tuple[float, float] | Literal["minmax"] | None = None,
+    ) -> Any:
+        """Fuse one pair, or a batch of pairs.
+
+        Args:
+            infrared: (H, W) or (H, W, 3), or a batch with a leading N; uint8, uint16 or floats in
+                [0, 1]; NumPy, torch or anything with DLPack. See
+                :func:`fuseengine.runtime.frames.prepare_pair` for all that is taken.
+            visible: likewise; RGB or grey.
+            out: for a single NumPy pair: where to write, of the visible frame's shape and dtype.
+                By default every call gives a new array that the caller owns.
+            resize: "infrared" resamples the infrared frame to the visible frame's size.
+            infrared_range: (lo, hi) or "minmax": what maps to 0..1, for thermal counts.
+
+        Returns:
+            The fused frame in the kind, shape and dtype of the visible one; a luma model keeps the
+            visible chroma (BT.601 full range).
+
+        Raises:
+            FrameError: a frame that cannot be used; SizeMismatchError when the two sizes differ or
+                are not the engine's.
+        """
+        pair = prepare_pair(infrared, visible, resize=resize, infrared_range=infrared_range)
+        if self.size is not None and pair.size != self.size:
+            raise SizeMismatchError(
+                f"the frames are {pair.size[0]}x{pair.size[1]} (height x width), expected "
+                f"{self.size[0]}x{self.size[1]}, for which this engine was compiled; compile one for "
+                "their size, or with size=None for any size"
+            )
+        results = []
+        with self._lock:
+            adapter, executor = self._plan(pair.size)
+            for ir, vis in pair:
+                results.append(self._fuse(adapter, executor, ir, vis, out))
+        if out is not None and len(results) == 1 and results[0] is out:
+            return out
+        return pair.restore(results)
+
+    def profile(self, runs: int = 20, size: tuple[int, int] | None = None) -> Profile:
+        """Time the engine's parts on a synthetic pair.
+
+        Args:
+            runs: timed repetitions, after three that are not counted.
+            size: frame size; the engine's own, or the one it was measured at, by default.
+
+        Returns:
+            p50, p90 and p99 of frames in, every stage and op, frames out, and the whole call.
+        """
+        import time
+
+        size = size or self.size or self.report.size
+        rng = np.random.default_rng(0)
+        ir = rng.integers(0, 256, size, dtype=np.uint8)
+        vis = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        for _ in range(3):
+            self(ir, vis)
+        frame, into, out_of = np.zeros((3, runs))
+        with self._lock:
+            adapter, executor = self._plan(size)
+            parts = executor.profile(runs)
+            for run in range(runs):
+                begin = time.perf_counter()
+                self._load(adapter, executor, ir, vis)
+                executor.device.synchronize()
+                into[run] = time.perf_counter() - begin
+                begin = time.perf_counter()
+                self._store(adapter, executor, vis, None)
+                out_of[run] = time.perf_counter() - begin
+        for run in range(runs):
+            begin = time.perf_counter()
+            self(ir, vis)
+            frame[run] = time.perf_counter() - begin
+        rows = [("frames in", into * 1e3), *((p.label, p.samples) for p in parts)]
+        return Profile((*rows, ("frames out", out_of * 1e3)), frame * 1e3)
+
+    def __repr__(self) -> str:
+        return f"<Engine {self.report.summary()}>"
+
+    def _fuse(
+        self, adapter: FrameAdapter, executor: Executor, ir: Any, vis: Any, out: Any | None
+    ) -> Any:
+        self._load(adapter, executor, ir, vis)
+        executor.run()
+        return self._store(adapter, executor, vis, out)
+
+    def _load(self, adapter: FrameAdapter, executor: Executor, ir: Any, vis: Any) -> None:
+        a, b = executor.inputs
+        if self.device == "cpu":
+            adapter.load(ir, vis, a, b)
+            return
+        host_a, host_b = executor.device.staging(executor.inputs)  # type: ignore[attr-defined]
+        adapter.load(ir, vis, host_a.numpy(), host_b.numpy())
+        a.copy_(host_a, non_blocking=True)
+        b.copy_(host_b, non_blocking=True)
+
+    def _store(self, adapter: FrameAdapter, executor: Executor, vis: Any, out: Any | None) -> Any:
+        fused = executor.output
+        if self.device != "cpu":
+            (host,) = executor.device.staging([fused])  # type: ignore[attr-defined]
+            host.copy_(fused, non_blocking=True)
+            executor.device.synchronize()
+            fused = host.numpy()
+        return adapter.store(fused, vis, out)
+
+    def _plan(self, size: tuple[int, int]) -> tuple[FrameAdapter, Executor]:
+        plan = self._plans.get(size)
+        if plan is None:
+            adapter = FrameAdapter(size, self.program.channels, self.program.multiple)
+            # Sizes that pad to the same one share an executor: lowering is what costs.
+            executor = next(
+                (e for a, e in self._plans.values() if a.padded == adapter.padded), None
+            ) or build_executor(
+                self.program, self._source, self._choice, adapter.padded, self.device, self.threads
+            )
+            plan = adapter, executor
+            self._plans[size] = plan
+            while len(self._plans) > _SIZES_KEPT:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(size)
+        return plan
+
+
+def build_executor(
+    program: Program,
+    source: StageSource,
+    choice: Choice,
+    size: tuple[int, int],
+    device: str,
+    threads: int,
+) -> Executor:
+    """Lower every stage variant as chosen and bind the program.
+
+    Args:
+        program: the captured model.
+        source: where its networks come from.
+        choice: backend and precision per variant.
+        size: padded height and width.
+        device: "cpu" or "cuda".
+        threads: CPU threads per stage.
+
+    Returns:
+        A ready executor.
+    """
+    runners: dict[StageVariant, StageRunner] = {}
+    for variant, calls in program.variants().items():
+        shapes = tuple(resolve(program.values[name].shape, size) for name in calls[0].inputs)
+        backend, precision = choice[variant]
+        runners[variant] = BACKENDS[backend].lower(
+            source, variant, shapes, precision=precision, device=device, threads=threads
+        )
+    return Executor(program, size, runners, make_device(device))
+
+
+def make_device(device: str) -> Device:
+    """The executor's device: "cpu" or "cuda"."""
+    if device == "cpu":
+        return CpuDevice()
+    from fuseengine.backends.cuda_device import TorchDevice
+
+    return TorchDevice(device)

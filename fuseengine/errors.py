@@ -1,0 +1,67 @@
+"""Every error a user of FuseEngine can meet.
+
+All derive from :class:`FuseEngineError`; the command line turns each into one line on
+standard error and exit code 2. A message says what was given, what was expected and what
+to do, in that order.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FuseEngineError(Exception):
+    """Base class: catching it catches everything FuseEngine raises on purpose."""
+
+
+class FrameError(FuseEngineError, ValueError):
+    """A frame cannot be used: its shape, dtype, size or values (NaN, infinity)."""
+
+
+class SizeMismatchError(FrameError):
+    """Two frames of a pair, or a frame and an engine, have different sizes."""
+
+
+class ImageFileError(FuseEngineError):
+    """An image file is missing, empty, truncated, no image, or cannot be written."""
+
+
+class UnknownNameError(FuseEngineError, LookupError):
+    """A model, backend, precision or option name that does not exist."""
+
+    def __init__(self, kind: str, given: object, known: Iterable[str]) -> None:
+        self.kind, self.given, self.known = kind, given, sorted(known)
+        close = difflib.get_close_matches(str(given), self.known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        super().__init__(
+            f"unknown {kind} {given!r}; expected one of: {', '.join(self.known)}.{hint}"
+        )
+
+
+class SettingError(FuseEngineError, ValueError):
+    """A setting has a value outside what is allowed."""
+
+
+class BackendUnavailableError(FuseEngineError):
+    """A backend or device was asked for by name and cannot be used here."""
+
+
+class CheckpointError(FuseEngineError):
+    """A checkpoint does not fit the model, cannot be read, or is refused as unsafe."""
+
+
+class CaptureError(FuseEngineError):
+    """A model's forward could not be captured as a program."""
+
+
+class CompileError(FuseEngineError):
+    """No backend could lower the model, or none passed the accuracy guard."""
+
+
+class CacheError(FuseEngineError):
+    """A cache entry is damaged or the cache folder cannot be used."""
+
+
+class TrainingError(FuseEngineError):
+    """Training cannot start, resume or go on."""

@@ -1,0 +1,1 @@
+"""Fusion networks in PyTorch, their registry and their checkpoints (compile side)."""

@@ -1,0 +1,91 @@
+"""The families of models by name: build one, or load one with its packaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fuseengine.errors import SettingError, UnknownNameError
+from fuseengine.models.base import FusionModel
+from fuseengine.models.checkpoint import load_checkpoint
+from fuseengine.models.drfusion import DRFusion
+from fuseengine.zoo import packaged_models
+
+_BUILDERS: dict[str, tuple[Callable[..., FusionModel], dict[str, Any]]] = {
+    "drfusion": (DRFusion, {}),
+    "drfusion-m": (
+        DRFusion,
+        {
+            "width": 32,
+            "blocks": 2,
+            "groups": 8,
+            "dropout": 0.0,
+            "patch": 2,
+            "correct_last": False,
+        },
+    ),
+    "drfusion-s": (
+        DRFusion,
+        {
+            "width": 16,
+            "blocks": 1,
+            "groups": 4,
+            "dropout": 0.0,
+            "patch": 2,
+            "correct_last": False,
+        },
+    ),
+}
+
+
+def model_names() -> list[str]:
+    """Names that :func:`build` knows."""
+    return list(_BUILDERS)
+
+
+def build(name: str, **settings: Any) -> FusionModel:
+    """A randomly initialised model.
+
+    Args:
+        name: one of :func:`model_names`; the plain family name has the official size.
+        **settings: keyword arguments of the model's class that replace the named configuration's.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UnknownNameError: unknown name.
+        SettingError: a setting that the model does not have, or with a value it refuses.
+    """
+    if name not in _BUILDERS:
+        raise UnknownNameError("model", name, _BUILDERS)
+    cls, defaults = _BUILDERS[name]
+    merged = {**defaults, **settings}
+    try:
+        model = cls(**merged)
+    except TypeError as error:
+        raise SettingError(f"{name}: {error}; see the docstring of {cls.__name__}") from error
+    model.name, model.settings = name, merged
+    return model.eval()
+
+
+def load_model(name: str) -> FusionModel:
+    """A model with its packaged, trained weights.
+
+    Args:
+        name: one of the names that ``fuseengine models`` marks as packaged.
+
+    Returns:
+        The model on the CPU in float32, in evaluation mode.
+
+    Raises:
+        UnknownNameError: no such model, or no weights for it are packaged.
+    """
+    packaged = packaged_models()
+    if name not in packaged:
+        if name in _BUILDERS:
+            raise UnknownNameError("packaged model (build() gives untrained ones)", name, packaged)
+        raise UnknownNameError("model", name, packaged)
+    model = build(name, **packaged[name].settings)
+    load_checkpoint(model, packaged[name].weights)
+    return model

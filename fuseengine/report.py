@@ -1,0 +1,145 @@
+"""What compile() tried, measured and chose; and what a profile measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One backend at one precision, tried on the whole program.
+
+    Attributes:
+        backend: its name.
+        precision: its precision.
+        milliseconds: median time of the program (stages and ops), None when it did not run.
+        psnr_db: of the fused image against the float32 reference, None when it did not run.
+        max_error: largest absolute difference, on the scale [0, 1].
+        note: why it was left out, or what was chosen of it.
+    """
+
+    backend: str
+    precision: str
+    milliseconds: float | None = None
+    psnr_db: float | None = None
+    max_error: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The record of a compilation; printing it gives a table.
+
+    Attributes:
+        model: the model's name.
+        size: height and width it was measured at.
+        device: "cpu" or "cuda".
+        choice: stage variant -> "backend/precision".
+        candidates: everything that was tried or skipped, in order.
+        guard_db: least PSNR that was asked of a candidate below float32.
+        psnr_db: of the engine as chosen.
+        max_error: of the engine as chosen.
+        seconds: how long compiling took.
+        from_cache: whether the choice came out of the cache.
+    """
+
+    model: str
+    size: tuple[int, int]
+    device: str
+    choice: dict[str, str]
+    candidates: tuple[Candidate, ...]
+    guard_db: float
+    psnr_db: float
+    max_error: float
+    seconds: float
+    from_cache: bool = False
+    threads: int = field(default=1)
+
+    def summary(self) -> str:
+        """One line."""
+        chosen = ", ".join(f"{stage}: {how}" for stage, how in self.choice.items())
+        source = "from the cache" if self.from_cache else f"in {self.seconds:.1f} s"
+        return (
+            f"{self.model} {self.size[1]}x{self.size[0]} on {self.device}, {chosen}; "
+            f"{self.psnr_db:.1f} dB, max error {self.max_error:.2g} against float32; compiled {source}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The inverse of :meth:`to_dict`."""
+        data = dict(data)
+        data["size"] = tuple(data["size"])
+        data["candidates"] = tuple(Candidate(**item) for item in data["candidates"])
+        return cls(**data)
+
+    def __str__(self) -> str:
+        rows = [["backend", "precision", "ms", "PSNR dB", "max error", ""]]
+        for item in self.candidates:
+            rows.append(
+                [
+                    item.backend,
+                    item.precision,
+                    "-" if item.milliseconds is None else f"{item.milliseconds:.2f}",
+                    "-" if item.psnr_db is None else f"{item.psnr_db:.1f}",
+                    "-" if item.max_error is None else f"{item.max_error:.2g}",
+                    item.note,
+                ]
+            )
+        return f"{self.summary()}\n{table(rows)}"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Times of an engine's parts; printing it gives a table.
+
+    Attributes:
+        parts: label -> milliseconds of each run, in the order of execution.
+        frame: milliseconds of each whole call, measured apart from the parts.
+    """
+
+    parts: tuple[tuple[str, NDArray[np.float64]], ...]
+    frame: NDArray[np.float64]
+
+    @property
+    def overhead_ms(self) -> float:
+        """Median time of a call that is in none of its parts."""
+        return float(np.median(self.frame) - sum(float(np.median(t)) for _, t in self.parts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Percentiles per part, plain JSON data."""
+        rows = [*self.parts, ("frame", self.frame)]
+        return {
+            "parts": [{"part": name, **_percentiles(times)} for name, times in rows],
+            "overhead_ms": self.overhead_ms,
+        }
+
+    def __str__(self) -> str:
+        rows = [["part", "p50 ms", "p90 ms", "p99 ms", "n"]]
+        for name, times in [*self.parts, ("whole call", self.frame)]:
+            p = _percentiles(times)
+            rows.append([name, *(f"{p[k]:.3f}" for k in ("p50", "p90", "p99")), str(p["n"])])
+        return f"{table(rows)}\noverhead beyond stages and ops: {self.overhead_ms:.3f} ms"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as aligned columns; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(cells: Iterable[str]) -> str:
+        return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+    return "\n".join([line(rows[0]), line("-" * w for w in widths), *map(line, rows[1:])])
+
+
+def _percentiles(times: NDArray[np.float64]) -> dict[str, float]:
+    p50, p90, p99 = (float(v) for v in np.percentile(times, (50, 90, 99)))
+    return {"p50": p50, "p90": p90, "p99": p99, "n": len(times)}

@@ -1,0 +1,1 @@
+"""The run side: frames, images, random numbers, the executor. Imports no torch."""

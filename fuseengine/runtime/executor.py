@@ -1,0 +1,205 @@
+"""Runs a program: a list of bound calls over buffers made beforehand. No torch.
+
+Nothing is looked up, allocated or decided while a frame is fused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fuseengine.program import Node, Program, StageVariant, resolve
+from fuseengine.runtime import ops
+
+Call = Callable[[], object]
+
+
+class StageRunner(Protocol):
+    """A lowered stage variant for one picture size."""
+
+    def bind(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Call:
+        """A call that computes the outputs (only the used results) from the inputs, in place.
+
+        Arrays keep their addresses as long as the call is used. Calls of one runner are made one
+        after the other, never at once.
+        """
+
+
+class Device(Protocol):
+    """Where arrays live and ops run."""
+
+    def empty(self, shape: tuple[int, ...]) -> Any:
+        """A float32 array, contiguous."""
+
+    def constant(self, array: NDArray[np.float32]) -> Any:
+        """An array of the device with these values."""
+
+    def bind_op(self, node: Node, inputs: Sequence[Any], output: Any) -> Call:
+        """The call that computes an op in place."""
+
+    def wrap(self, calls: Sequence[Call]) -> Call:
+        """One call that makes all of them (on a GPU: a captured graph)."""
+
+    def synchronize(self) -> None:
+        """Wait until everything called has been done."""
+
+
+class CpuDevice:
+    """NumPy arrays and the project's native ops."""
+
+    def empty(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A float32 array; 64-byte aligned, as runtimes like it."""
+        count = int(np.prod(shape))
+        raw = np.zeros(count * 4 + 64, dtype=np.uint8)
+        offset = -raw.ctypes.data % 64
+        return raw[offset : offset + count * 4].view(np.float32).reshape(shape)
+
+    def constant(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The array itself, contiguous."""
+        out = self.empty(array.shape)
+        out[...] = array
+        return out
+
+    def bind_op(self, node: Node, inputs: Sequence[Any], output: Any) -> Call:
+        """See :func:`fuseengine.runtime.ops.bind`."""
+        return ops.bind(node.target, inputs, output, node.attrs)
+
+    def wrap(self, calls: Sequence[Call]) -> Call:
+        """A loop."""
+        calls = tuple(calls)
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        return run
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Time of one node over several runs, in milliseconds."""
+
+    label: str
+    variant: StageVariant | None
+    samples: NDArray[np.float64]
+
+
+class Executor:
+    """A program bound to a picture size, a device and lowered stages.
+
+    Attributes:
+        inputs: arrays (N, C, H, W) to fill with sources a and b before :meth:`run`.
+        output: array that holds the fused picture after it.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        size: tuple[int, int],
+        runners: Mapping[StageVariant, StageRunner],
+        device: Device | None = None,
+    ) -> None:
+        """Bind everything.
+
+        Args:
+            program: what to run.
+            size: padded height and width; multiples of ``program.multiple``.
+            runners: a lowered network, for this size, per variant in ``program.variants()``.
+            device: where to run; the CPU by default.
+
+        Raises:
+            CaptureError: the program does not fit the size or names unknown ops.
+        """
+        self.program, self.size = program, size
+        self.device: Device = device or CpuDevice()
+        arrays = self._place()
+        self._arrays = arrays
+        self.inputs = tuple(arrays[name] for name in program.inputs)
+        self.output = arrays[program.output]
+        self.runners = dict(runners)
+        self._calls: list[tuple[Node, Call]] = []
+        for node in program.nodes:
+            given = [arrays[name] for name in node.inputs]
+            made = [arrays[name] for name in node.made()]
+            if node.kind == "stage":
+                call = runners[StageVariant.of(node)].bind(given, made)
+            else:
+                call = self.device.bind_op(node, given, made[0])
+            self._calls.append((node, call))
+        self._run: Call | None = None
+
+    def run(self) -> None:
+        """Fuse what stands in the input arrays; the result stands in ``output``."""
+        if self._run is None:
+            self._run = self.device.wrap([call for _, call in self._calls])
+        self._run()
+
+    def profile(self, runs: int) -> list[Timing]:
+        """Time each node over several runs of the whole program."""
+        samples = np.zeros((len(self._calls), runs))
+        for run in range(runs):
+            for index, (_, call) in enumerate(self._calls):
+                self.device.synchronize()
+                begin = time.perf_counter()
+                call()
+                self.device.synchronize()
+                samples[index, run] = (time.perf_counter() - begin) * 1e3
+        return [
+            Timing(
+                node.target if node.kind == "op" else StageVariant.of(node).label,
+                StageVariant.of(node) if node.kind == "stage" else None,
+                samples[index],
+            )
+            for index, (node, _) in enumerate(self._calls)
+        ]
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of all distinct buffers, constants included."""
+        seen = {id(owner): owner for owner in map(_owner, self._arrays.values())}
+        return sum(owner.nbytes for owner in seen.values())
+
+    def _place(self) -> dict[str, Any]:
+        """Give every value an array; one whose reader is gone serves the next of its shape."""
+        program = self.program
+        last = {name: index for index, node in enumerate(program.nodes) for name in node.inputs}
+        last[program.output] = len(program.nodes)
+        keep = {*program.inputs, *program.constants, program.output}
+        arrays = {name: self.device.constant(a) for name, a in program.constants.items()}
+        for name in program.inputs:
+            arrays[name] = self.device.empty(resolve(program.values[name].shape, self.size))
+        free: dict[tuple[int, ...], list[Any]] = {}
+        for index, node in enumerate(program.nodes):
+            dying = [n for n in dict.fromkeys(node.inputs) if n not in keep and last[n] == index]
+            in_place = ops.OPS[node.target].in_place if node.target in ops.OPS else ()
+            reusable = [n for n in dying if node.inputs.index(n) in in_place]
+            for name in node.made():
+                shape = resolve(program.values[name].shape, self.size)
+                same = [n for n in reusable if tuple(arrays[n].shape) == shape]
+                if node.kind == "op" and same:
+                    arrays[name] = arrays[same[0]]
+                    dying.remove(same[0])
+                elif free.get(shape):
+                    arrays[name] = free[shape].pop()
+                else:
+                    arrays[name] = self.device.empty(shape)
+                if name not in last:
+                    dying.append(name)
+            for name in dying:
+                free.setdefault(tuple(arrays[name].shape), []).append(arrays[name])
+        return arrays
+
+
+def _owner(array: Any) -> Any:
+    base = array
+    while getattr(base, "base", None) is not None:
+        base = base.base
+    return base

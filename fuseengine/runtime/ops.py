@@ -1,0 +1,160 @@
+"""The ops of a program on NumPy arrays: shape rule and bound call of each. No torch.
+
+``bind`` gets the arrays once, when an engine is built, and returns a call without arguments that
+reads its inputs and writes its output in place; a frame is a list of such calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fuseengine import _native
+from fuseengine.errors import CaptureError
+
+Array = NDArray[np.float32]
+Shape = tuple[int, ...]
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op.
+
+    Attributes:
+        bind: (inputs, output, attrs) -> call.
+        in_place: indices of inputs whose memory the output may share.
+    """
+
+    bind: Callable[[Sequence[Array], Array, Mapping[str, Any]], Call]
+    in_place: tuple[int, ...] = ()
+
+
+def bind(name: str, inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+    """The call that computes an op.
+
+    Raises:
+        CaptureError: the program names an op that does not exist.
+    """
+    if name not in OPS:
+        raise CaptureError(f"op {name!r} is unknown; a newer version may have written the program")
+    return OPS[name].bind(inputs, output, attrs)
+
+
+def _elementwise(function: np.ufunc) -> Op:
+    def make(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+        # A number takes the place that attrs["scalar_first"] says: 1 - x against x - 1.
+        operands: list[Any] = list(inputs)
+        if "scalar" in attrs:
+            scalar = np.float32(attrs["scalar"])
+            operands.insert(0 if attrs.get("scalar_first") else 1, scalar)
+        return lambda: function(*operands, out=output)
+
+    return Op(make, in_place=(0, 1))
+
+
+def _concat(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+    parts, axis = list(inputs), attrs["axis"]
+    return lambda: np.concatenate(parts, axis=axis, out=output)
+
+
+def _slice(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+    view = inputs[0][tuple(slice(*bounds) for bounds in attrs["bounds"])]
+    return lambda: np.copyto(output, view)
+
+
+def _clamp(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+    x, low, high = inputs[0], attrs["min"], attrs["max"]
+    return lambda: np.clip(x, low, high, out=output)
+
+
+_SCALES = ("sqrt_abar", "sqrt_one_minus_abar", "sqrt_abar_prev", "sqrt_one_minus_abar_prev")
+JOINT_FORMS = ("code", "paper")
+
+
+def _joint_ddim_step(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+    scales = {name: float(attrs[name]) for name in (*_SCALES, "lam")}
+    form = JOINT_FORMS.index(attrs["form"])
+    arrays = (*inputs, output)
+    return lambda: _native.joint_ddim_step(*arrays, **scales, form=form)
+
+
+def _ddim_step(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+    # Both lines of DDIM are linear: out = c_x x + c_eps eps.
+    now, rest, before, rest_before = (float(attrs[name]) for name in _SCALES)
+    scale_x, scale_eps = np.float32(before / now), np.float32(rest_before - before * rest / now)
+    x, eps = inputs
+    scratch = np.empty_like(output)
+
+    def call() -> None:
+        np.multiply(eps, scale_eps, out=scratch)
+        np.multiply(x, scale_x, out=output)
+        np.add(output, scratch, out=output)
+
+    return call
+
+
+def _block_mean(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+    s = attrs["scale"]
+    n, c, h, w = output.shape
+    blocks = inputs[0].reshape(n, c, h, s, w, s)
+    return lambda: blocks.mean(axis=(3, 5), out=output)
+
+
+def _block_repeat(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+    s = attrs["scale"]
+    n, c, h, w = inputs[0].shape
+    source = inputs[0].reshape(n, c, h, 1, w, 1)
+    target = output.reshape(n, c, h, s, w, s)
+    return lambda: np.copyto(target, source)
+
+
+def _spectrum(kernel: Array, size: tuple[int, int]) -> NDArray[np.complex128]:
+    padded = np.zeros(size)
+    rows = (np.arange(kernel.shape[0]) - kernel.shape[0] // 2) % size[0]
+    columns = (np.arange(kernel.shape[1]) - kernel.shape[1] // 2) % size[1]
+    np.add.at(padded, (rows[:, None], columns[None]), kernel)
+    return np.fft.rfft2(padded)
+
+
+def _filter(x: Array, output: Array, spectrum: NDArray[np.complex128]) -> Call:
+    spectrum = spectrum.astype(np.complex64)
+    size = output.shape[-2:]
+
+    def call() -> None:
+        output[...] = np.fft.irfft2(np.fft.rfft2(x) * spectrum, s=size)
+
+    return call
+
+
+def _circular_convolution(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+    x, kernel = inputs
+    return _filter(x, output, _spectrum(kernel, x.shape[-2:]))
+
+
+def _wiener_deconvolution(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+    x, kernel = inputs
+    spectrum = _spectrum(kernel, x.shape[-2:])
+    inverse = spectrum.conj() / (np.abs(spectrum) ** 2 + attrs["regularisation"])
+    return _filter(x, output, inverse)
+
+
+OPS: dict[str, Op] = {
+    "add": _elementwise(np.add),
+    "sub": _elementwise(np.subtract),
+    "mul": _elementwise(np.multiply),
+    "div": _elementwise(np.divide),
+    "concat": Op(_concat),
+    "slice": Op(_slice),
+    "clamp": Op(_clamp, in_place=(0,)),
+    "ddim_step": Op(_ddim_step, in_place=(0,)),
+    "joint_ddim_step": Op(_joint_ddim_step, in_place=(0,)),
+    "block_mean": Op(_block_mean),
+    "block_repeat": Op(_block_repeat),
+    "circular_convolution": Op(_circular_convolution),
+    "wiener_deconvolution": Op(_wiener_deconvolution),
+}

@@ -1,0 +1,1 @@
+"""Training of the fusion models (needs the ``train`` extra)."""
