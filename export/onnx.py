@@ -2,15 +2,16 @@
 
 The module is traced with ``torch.fx`` and written node by node, which takes a fraction of a second
 (``torch.onnx.export`` takes ten or more for the same U-Net) and leaves the form of each layer to
-us: GroupNorm as channel means plus a small matrix, so that no runtime has to leave its channels-last
-layout; space-to-depth folded into the convolution beside it. Modules with layers outside the table
-go through ``torch.onnx.export``.
+us: GroupNorm as channel means plus a small matrix, so that no runtime has to leave its
+channels-last layout; space-to-depth folded into the convolution beside it. Networks with layers
+outside the table go through ``torch.onnx.export``.
 
 Opset 18, standard operators only (TensorRT 10.3, ONNX Runtime and OpenVINO import them).
 """
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,12 +24,17 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from fuseengine.errors import CompileError
+from fuseengine.program import resolve
 
 OPSET = 18
 
 
+_PROBE_SIZE = (64, 96)
+"""Picture size at which PyTorch's exporter runs a network that the table does not know."""
+
+
 class UnsupportedLayerError(CompileError):
-    """The table has no ONNX form for a layer; :func:`stage_to_onnx` then uses PyTorch's exporter."""
+    """The table has no ONNX form for a layer."""
 
 
 class OnnxWriter:
@@ -51,7 +57,8 @@ class OnnxWriter:
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         array = np.ascontiguousarray(array)
         if not name:
-            name = f"const_{array.dtype}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()[:64]}"
+            shape = "x".join(map(str, array.shape))
+            name = f"const_{array.dtype}_{shape}_{array.tobytes().hex()}"
             if array.size > 8:
                 name = f"const_{len(self.initializers)}"
         if name not in self.initializers:
@@ -83,6 +90,7 @@ def stage_to_onnx(
     *,
     name: str = "stage",
     use: Sequence[int] | None = None,
+    fallback: bool = True,
 ) -> onnx.ModelProto:
     """Write a module as an ONNX model in float32.
 
@@ -93,17 +101,25 @@ def stage_to_onnx(
         name: graph name.
         use: which of the forward's results are wanted, by index; what only others need is left
             out. All by default.
+        fallback: whether a network with layers outside the table goes through PyTorch's exporter
+            (which takes ten seconds or more) or is refused.
 
     Returns:
         A checked model whose dead nodes are gone.
 
     Raises:
-        UnsupportedLayerError: a layer has no ONNX form here.
+        UnsupportedLayerError: a layer has no ONNX form here, and ``fallback`` is False.
     """
     writer = OnnxWriter()
-    graph = fx.Tracer().trace(module)
-    lowering = _Lowering(writer, module, [n for n, _ in inputs])
-    results = lowering.run(graph)
+    try:
+        graph = fx.Tracer().trace(module)
+        results = _Lowering(writer, module, [n for n, _ in inputs]).run(graph)
+    except (UnsupportedLayerError, fx.proxy.TraceError, TypeError, ValueError) as error:
+        if fallback:
+            return _through_pytorch(module, inputs, outputs, use)
+        if isinstance(error, UnsupportedLayerError):
+            raise
+        raise UnsupportedLayerError(f"{type(module).__name__} cannot be traced: {error}") from error
     results = [results[i] for i in (use if use is not None else range(len(results)))]
     for result, (output, _) in zip(results, outputs, strict=True):
         writer.add("Identity", result, name=output)
@@ -115,6 +131,54 @@ def stage_to_onnx(
     )
     onnx.checker.check_model(model)
     return model
+
+
+class _Selected(nn.Module):
+    """A module that gives some of another's results."""
+
+    def __init__(self, module: nn.Module, use: Sequence[int] | None) -> None:
+        super().__init__()
+        self.module, self.use = module, use
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        results = self.module(*inputs)
+        if not isinstance(results, (tuple, list)):
+            results = (results,)
+        return tuple(results[i] for i in (self.use or range(len(results))))
+
+
+def _through_pytorch(
+    module: nn.Module,
+    inputs: Sequence[tuple[str, Sequence[int | str]]],
+    outputs: Sequence[tuple[str, Sequence[int | str]]],
+    use: Sequence[int] | None,
+) -> onnx.ModelProto:
+    """``torch.onnx.export`` with open height and width."""
+    examples = tuple(torch.zeros(resolve(shape, _PROBE_SIZE)) for _, shape in inputs)
+    dynamic = tuple(
+        {i: torch.export.Dim.DYNAMIC for i, dim in enumerate(shape) if isinstance(dim, str)}
+        for _, shape in inputs
+    )
+    # The exporter warns about every optional package it does not find.
+    chatter = logging.getLogger("torch.onnx")
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
+    try:
+        exported = torch.onnx.export(
+            _Selected(module, use).eval(),
+            examples,
+            input_names=[n for n, _ in inputs],
+            output_names=[n for n, _ in outputs],
+            dynamic_shapes=(dynamic,),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    finally:
+        chatter.setLevel(level)
+    if exported is None:
+        raise CompileError(f"PyTorch's ONNX exporter gave nothing for {type(module).__name__}")
+    return exported.model_proto
 
 
 class _Lowering:
@@ -132,7 +196,9 @@ class _Lowering:
             if node.op == "placeholder":
                 self.values[node] = next(names)
             elif node.op == "get_attr":
-                self.values[node] = self.writer.constant(_fetch(self.module, node.target), node.target)
+                self.values[node] = self.writer.constant(
+                    _fetch(self.module, node.target), node.target
+                )
             elif node.op == "output":
                 result = fx.map_arg(node.args[0], self.values.__getitem__)
                 return list(result) if isinstance(result, (tuple, list)) else [result]
@@ -235,7 +301,11 @@ def _conv_transpose(w: OnnxWriter, layer: nn.ConvTranspose2d, path: str, x: str)
 
 def _linear(w: OnnxWriter, layer: nn.Linear, path: str, x: str) -> str:
     product = w.add("MatMul", x, w.constant(layer.weight.detach().t(), f"{path}.weight_t"))
-    return product if layer.bias is None else w.add("Add", product, w.constant(layer.bias, f"{path}.bias"))
+    return (
+        product
+        if layer.bias is None
+        else w.add("Add", product, w.constant(layer.bias, f"{path}.bias"))
+    )
 
 
 def _group_norm(w: OnnxWriter, layer: nn.GroupNorm, path: str, x: str) -> str:
@@ -246,7 +316,9 @@ def _group_norm(w: OnnxWriter, layer: nn.GroupNorm, path: str, x: str) -> str:
     """
     channels, groups = layer.num_channels, layer.num_groups
     same = np.kron(np.eye(groups), np.full((channels // groups,) * 2, groups / channels))
-    mix = w.constant(same.astype(np.float32).reshape(channels, channels, 1, 1), f"mix_{channels}_{groups}")
+    mix = w.constant(
+        same.astype(np.float32).reshape(channels, channels, 1, 1), f"mix_{channels}_{groups}"
+    )
     axes = w.constant(np.array([2, 3], dtype=np.int64))
     mean = w.add("Conv", w.add("ReduceMean", x, axes, keepdims=1), mix)
     centred = w.add("Sub", x, mean)
@@ -343,7 +415,11 @@ def _getitem(w: OnnxWriter, x: Any, index: Any) -> str:
         axis += 1
     if axes:
         x = w.add(
-            "Slice", x, _dimensions(w, starts), _dimensions(w, ends), w.constant(np.array(axes, np.int64))
+            "Slice",
+            x,
+            _dimensions(w, starts),
+            _dimensions(w, ends),
+            w.constant(np.array(axes, np.int64)),
         )
     if new_axes:
         x = w.add("Unsqueeze", x, w.constant(np.array(new_axes, dtype=np.int64)))

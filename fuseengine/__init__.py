@@ -73,7 +73,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name == "torch":
             raise ImportError(
-                f"fuseengine.{name} needs PyTorch; install it with: pip install 'fuseengine[compile]'"
+                f"fuseengine.{name} needs PyTorch; install it with: "
+                "pip install 'fuseengine[compile]'"
             ) from error
         raise
     globals()[name] = value

@@ -25,6 +25,9 @@ from numpy.typing import NDArray
 
 from fuseengine.errors import CacheError
 
+_UNRELATED = ("cli", "training", "metrics")
+"""Parts of the package whose code does not decide what an engine is."""
+
 _LIBRARIES = ("torch", "onnxruntime", "openvino", "numpy")
 
 
@@ -51,6 +54,8 @@ def environment_key() -> str:
     digest = hashlib.sha256()
     for folder in _source_folders():
         for path in sorted(folder.rglob("*.py")):
+            if path.relative_to(folder).parts[0] in _UNRELATED:
+                continue
             digest.update(path.name.encode() + path.read_bytes())
     for library in _LIBRARIES:
         try:
@@ -97,8 +102,8 @@ def store(key: str, files: Mapping[str, bytes]) -> None:
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=root))
     except OSError as error:
         raise CacheError(
-            f"cannot write the cache folder {root} ({error}); set FUSEENGINE_CACHE to a folder that "
-            "can be written, or compile with cache=False"
+            f"cannot write the cache folder {root} ({error}); set FUSEENGINE_CACHE to a folder "
+            "that can be written, or compile with cache=False"
         ) from error
     try:
         index = {}
@@ -116,7 +121,7 @@ def store(key: str, files: Mapping[str, bytes]) -> None:
 def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """Named arrays as one npz file."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
 
 

@@ -1,8 +1,8 @@
 """Capture: from a model's forward to a program.
 
 The outer forward, the sampling loop, is traced with ``torch.fx``: stages are leaves, ops are calls,
-timesteps and coefficients are Python numbers by then. Shapes come from running the trace at two small
-sizes, which makes them symbolic in the picture's height and width.
+timesteps and coefficients are Python numbers by then. Shapes come from running the trace at two
+small sizes, which makes them symbolic in the picture's height and width.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fuseengine import kernels
+import fuseengine.kernels as kernels
 from fuseengine.errors import CaptureError
 from fuseengine.passes import run_passes
 from fuseengine.program import Node, Program, Value, symbolic
 
 _PROBE_BLOCKS = ((8, 12), (12, 20))
-"""Two sizes, in units of the model's multiple, that differ in H, W, H / W and H * W. Small: they are
-really computed, because the meta device costs more (it imports all of torch._dynamo)."""
+"""Two sizes, in units of the model's multiple, that differ in H, W, H / W and H * W. Small:
+they are really computed, because the meta device costs more (it imports all of torch._dynamo)."""
 
 
 def capture(model: nn.Module, *, optimise: bool = True) -> Program:
@@ -72,9 +72,8 @@ class _Recorder:
         self.model, self.stages = model, stages
         self.planes = 3 if getattr(model, "channels", "luma") == "rgb" else 1
         self.multiple = int(getattr(model, "multiple", 1))
-        self.sizes = tuple(
-            (self.multiple * h, self.multiple * w) for h, w in _PROBE_BLOCKS
-        )
+        first, second = ((self.multiple * h, self.multiple * w) for h, w in _PROBE_BLOCKS)
+        self.sizes = first, second
         self.values: dict[str, Value] = {}
         self.constants: dict[str, np.ndarray] = {}
         self.nodes: list[Node] = []
@@ -121,14 +120,15 @@ class _Recorder:
         if not self.stages:
             graph = fx.Graph()
             a, b = graph.placeholder("a"), graph.placeholder("b")
-            graph.output(graph.call_module("", (a, b)))
+            graph.output(graph.create_node("call_module", "", (a, b), name="fused"))
             return graph
         try:
             return _StageTracer(self.stages).trace(self.model)
         except (fx.proxy.TraceError, TypeError) as error:
             raise CaptureError(
-                f"the forward of {type(self.model).__name__} cannot be traced: {error}. Data-dependent "
-                "control flow belongs into a stage; or leave `stages` empty to lower it whole"
+                f"the forward of {type(self.model).__name__} cannot be traced: {error}. "
+                "Data-dependent control flow belongs into a stage; or leave `stages` empty to "
+                "lower the model whole"
             ) from error
 
     def _shapes(self, graph: fx.Graph) -> dict[fx.Node, Any]:
@@ -203,16 +203,14 @@ class _Recorder:
             name = getattr(key, "__name__", key)
             raise CaptureError(
                 f"{name} stands outside the stages and no op of a program does it; put it into a "
-                f"stage, or use one of: {', '.join(sorted({str(r.__name__) for r in _RULES.values()}))}"
+                f"stage, or use one of: {', '.join(sorted({r.__name__ for r in _RULES.values()}))}"
             )
         op, inputs, attrs = rule(node)
         for argument in inputs:
             if not isinstance(self.names.get(argument), str):
                 raise CaptureError(f"{op} of {argument}, which is no tensor of the program")
         self._value(node, node.name, shapes)
-        self.nodes.append(
-            Node("op", op, tuple(self.names[i] for i in inputs), (node.name,), attrs)
-        )
+        self.nodes.append(Node("op", op, tuple(self.names[i] for i in inputs), (node.name,), attrs))
 
 
 class _ShapeInterpreter(fx.Interpreter):
@@ -239,7 +237,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-# --- rules: fx node -> op name, tensor arguments, attributes ----------------------------------------
+# --- rules: fx node -> op name, tensor arguments, attributes -----------------------------------
 
 Rule = Callable[[fx.Node], tuple[str, list[fx.Node], dict[str, Any]]]
 

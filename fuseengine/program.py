@@ -1,9 +1,9 @@
 """A program: what capture yields and an engine runs. Plain data, no torch.
 
-A program is a short list of nodes in single assignment form over named values. A node is the call of
-a stage (a dense network that a backend lowers as a whole) or of an op (``fuseengine.runtime.ops``).
-Shapes may hold symbolic dimensions in terms of the picture's padded height H and width W, such as
-``"H"``, ``"W/8"`` or ``"H*W/64"``, so one program serves every size.
+A program is a short list of nodes in single assignment form over named values. A node is the call
+of a stage (a dense network that a backend lowers as a whole) or of an op
+(``fuseengine.runtime.ops``). Shapes may hold symbolic dimensions in terms of the picture's padded
+height H and width W, such as ``"H"``, ``"W/8"`` or ``"H*W/64"``, so one program serves every size.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class Program:
             made = ", ".join("_" if n is None else shown(n) for n in node.outputs)
             rest = [f"{k}={_short(v)}" for k, v in node.attrs.items()]
             mark = "stage " if node.kind == "stage" else ""
-            lines.append(f"    {made} = {mark}{node.target}({', '.join([*node.inputs, *rest])})")
+            target = node.target or "model"
+            lines.append(f"    {made} = {mark}{target}({', '.join([*node.inputs, *rest])})")
         return "\n".join([*lines, f"    return {self.output}"])
 
     def to_json(self) -> str:

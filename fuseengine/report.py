@@ -66,7 +66,8 @@ class Report:
         source = "from the cache" if self.from_cache else f"in {self.seconds:.1f} s"
         return (
             f"{self.model} {self.size[1]}x{self.size[0]} on {self.device}, {chosen}; "
-            f"{self.psnr_db:.1f} dB, max error {self.max_error:.2g} against float32; compiled {source}"
+            f"{self.psnr_db:.1f} dB, max error {self.max_error:.2g} against float32; "
+            f"compiled {source}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,20 +104,22 @@ class Profile:
 
     Attributes:
         parts: label -> milliseconds of each run, in the order of execution.
-        frame: milliseconds of each whole call, measured apart from the parts.
+        frame: milliseconds of each whole call without clocks in it.
+        overhead: milliseconds of each call that are in none of its parts: checks, locks, Python.
     """
 
     parts: tuple[tuple[str, NDArray[np.float64]], ...]
     frame: NDArray[np.float64]
+    overhead: NDArray[np.float64]
 
     @property
     def overhead_ms(self) -> float:
-        """Median time of a call that is in none of its parts."""
-        return float(np.median(self.frame) - sum(float(np.median(t)) for _, t in self.parts))
+        """Median of :attr:`overhead`."""
+        return float(np.median(self.overhead))
 
     def to_dict(self) -> dict[str, Any]:
         """Percentiles per part, plain JSON data."""
-        rows = [*self.parts, ("frame", self.frame)]
+        rows = [*self.parts, ("frame", self.frame), ("overhead", self.overhead)]
         return {
             "parts": [{"part": name, **_percentiles(times)} for name, times in rows],
             "overhead_ms": self.overhead_ms,
@@ -135,7 +138,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(cells: Iterable[str]) -> str:
-        return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        return "  ".join(
+            cell.ljust(width) for cell, width in zip(cells, widths, strict=True)
+        ).rstrip()
 
     return "\n".join([line(rows[0]), line("-" * w for w in widths), *map(line, rows[1:])])
 

@@ -1,4 +1,4 @@
-"""Where the networks behind a program's stages come from: a live model, or the cache's ONNX files."""
+"""The networks behind a program's stages: of a live model, or the cache's ONNX files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ModelStages:
         self.model, self.program = model, program
         self.written: dict[StageVariant, bytes] = {}
 
-    def onnx(self, variant: StageVariant) -> bytes:
-        """The variant as serialised ONNX, float32."""
+    def onnx(self, variant: StageVariant, *, fallback: bool = True) -> bytes:
+        """The variant as ONNX, float32; see :func:`fuseengine.export.onnx.stage_to_onnx`."""
         if variant not in self.written:
             from fuseengine.export.onnx import stage_to_onnx
 
@@ -37,6 +37,7 @@ class ModelStages:
                 [(f"out{i}", values[call.outputs[i] or ""].shape) for i in variant.use],
                 name=variant.label,
                 use=variant.use,
+                fallback=fallback,
             ).SerializeToString()
         return self.written[variant]
 
@@ -66,7 +67,9 @@ class CachedStages:
             CacheError: the entry holds none for this variant.
         """
         if variant not in self._onnx:
-            raise CacheError(f"the cache entry holds no network for {variant.label}; clear the cache")
+            raise CacheError(
+                f"the cache entry holds no network for {variant.label}; clear the cache"
+            )
         return self._onnx[variant]
 
     def module(self, variant: StageVariant) -> Any:

@@ -106,11 +106,11 @@ def joint_ddim_step(
     return torch.ops.fuse.joint_ddim_step(*tensors, *numbers, form)
 
 
-def _general(x, eps, mask, y1, y2, a, b, c, d, lam, form):  # noqa: ANN001, ANN202
+def _general(x, eps, mask, y1, y2, a, b, c, d, lam, form):
     return joint_ddim_step_reference(x, eps, mask, y1, y2, a, b, c, d, lam, form=form)
 
 
-def _cpu(x, eps, mask, y1, y2, a, b, c, d, lam, form):  # noqa: ANN001, ANN202
+def _cpu(x, eps, mask, y1, y2, a, b, c, d, lam, form):
     if x.dtype != torch.float32:
         return _general(x, eps, mask, y1, y2, a, b, c, d, lam, form)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fuseengine import kernels
+import fuseengine.kernels as kernels
 from fuseengine.errors import CaptureError
 from fuseengine.program import Node
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fuseengine.backends.base import Backend, StageSource
@@ -31,7 +30,9 @@ class OpenVinoBackend(Backend):
         """Float32, and bfloat16 or float16 where the processor computes in them."""
         capabilities = _capabilities()
         offered = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
-        return tuple(name for name, flag in offered.items() if name == "fp32" or flag in capabilities)
+        return tuple(
+            name for name, flag in offered.items() if name == "fp32" or flag in capabilities
+        )
 
     def lower(
         self,

@@ -36,7 +36,7 @@ def standard_deviation(
 def spatial_frequency(
     fused: ArrayLike, a: ArrayLike | None = None, b: ArrayLike | None = None
 ) -> float:
-    """SF: root of the mean squared vertical plus horizontal differences (Eskicioglu, Fisher 1995)."""
+    """SF: root of mean squared vertical plus horizontal differences (Eskicioglu, Fisher 1995)."""
     f = _image(fused)
     return float(np.sqrt((np.diff(f, axis=0) ** 2).mean() + (np.diff(f, axis=1) ** 2).mean()))
 
@@ -78,7 +78,12 @@ def qabf(fused: ArrayLike, a: ArrayLike, b: ArrayLike) -> float:
         # Where both are equal the public code takes the strength itself: 0, or at least 1.
         ratio = np.divide(low, high, out=strength_f.copy(), where=strength != strength_f)
         alignment = 1 - np.abs(angle - angle_f) / (np.pi / 2)
-        q = 0.9994 / (1 + np.exp(-15 * (ratio - 0.5))) * 0.9879 / (1 + np.exp(-22 * (alignment - 0.8)))
+        q = (
+            0.9994
+            / (1 + np.exp(-15 * (ratio - 0.5)))
+            * 0.9879
+            / (1 + np.exp(-22 * (alignment - 0.8)))
+        )
         kept += (q * strength).sum()
         total += strength.sum()
     return float(kept / total) if total else 0.0
@@ -186,9 +191,13 @@ def _vifp(reference: Image, f: Image) -> float:
 
 def _sobel(x: Image) -> tuple[Image, Image]:
     smooth, difference = np.array([1.0, 2.0, 1.0]), np.array([1.0, 0.0, -1.0])
-    sx = convolve1d(convolve1d(x, smooth, axis=0, mode="constant"), difference, axis=1, mode="constant")
-    sy = convolve1d(convolve1d(x, difference, axis=0, mode="constant"), smooth, axis=1, mode="constant")
-    # The sign of Sy is that of [1 2 1; 0 0 0; -1 -2 -1]; on integers Sx is exactly 0 on horizontal edges.
+    sx = convolve1d(
+        convolve1d(x, smooth, axis=0, mode="constant"), difference, axis=1, mode="constant"
+    )
+    sy = convolve1d(
+        convolve1d(x, difference, axis=0, mode="constant"), smooth, axis=1, mode="constant"
+    )
+    # Sy has the sign of [1 2 1; 0 0 0; -1 -2 -1]. On integers Sx is exactly 0 on horizontal edges.
     vertical = sx == 0
     angle = np.arctan(np.divide(-sy, sx, out=np.zeros_like(sx), where=~vertical))
     angle[vertical] = np.pi / 2

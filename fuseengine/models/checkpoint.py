@@ -87,8 +87,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path}: refused, because reading it would run code from the file ({reason}); expected "
-            "tensors only: save its state_dict again with torch.save or as safetensors"
+            f"{path}: refused, because reading it would run code from the file ({reason}); "
+            "expected tensors only: save its state_dict again with torch.save or as safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not a readable PyTorch checkpoint ({error})") from error
@@ -118,9 +118,7 @@ def _is_array(value: object) -> bool:
     return isinstance(value, Tensor) or type(value).__module__ == "numpy"
 
 
-def _own_names(
-    model: FusionModel, own: set[str], entries: Mapping[str, Tensor]
-) -> dict[str, str]:
+def _own_names(model: FusionModel, own: set[str], entries: Mapping[str, Tensor]) -> dict[str, str]:
     """Official -> own names, when the entries look official; else empty."""
     official = getattr(model, "official_names", None)
     if official is None or own.intersection(entries) == set(entries):

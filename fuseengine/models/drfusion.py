@@ -25,6 +25,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,14 +56,14 @@ class Decoder(nn.Module):
     def __init__(self, width: int, out: int, *, blocks: int, groups: int, dropout: float) -> None:
         super().__init__()
         self.gates = nn.ModuleList(SkipGate(width * m) for m in _LEVELS)
-        # From level 3 to 2 the width halves at equal size; then three up-steps, the last to full size.
+        # From level 3 to 2 the width halves at equal size; then three up-steps to full size.
         widths = [width * m for m in (8, 4, 2, 1, 1)]
         self.levels = nn.ModuleList(
             nn.ModuleList(
                 ResidualBlock(coarse if i == 0 else fine, fine, groups=groups, dropout=dropout)
                 for i in range(blocks)
             )
-            for coarse, fine in zip(widths, widths[1:], strict=False)
+            for coarse, fine in pairwise(widths)
         )
         self.ups = nn.ModuleList(
             nn.ConvTranspose2d(w, w, 3, stride=2, padding=1, output_padding=1) for w in widths[2:]
@@ -74,7 +76,7 @@ class Decoder(nn.Module):
         return [block.conv2.out_channels for level in self.levels for block in level]
 
     def forward(self, middle: Tensor, skips: Sequence[Tensor], shifts: Sequence[Tensor]) -> Tensor:
-        """Middle features, four skips (fine to coarse) and one shift per block -> (N, out, H, W)."""
+        """Middle features, four skips (fine to coarse), a shift per block -> (N, out, H, W)."""
         shift = iter(shifts)
         h = middle + self.gates[3](skips[3])
         for i, level in enumerate(self.levels):
@@ -105,7 +107,7 @@ class NoisePredictor(nn.Module):
     ) -> None:
         super().__init__()
         self.patch = patch
-        make = {"groups": groups, "dropout": dropout}
+        make: dict[str, Any] = {"groups": groups, "dropout": dropout}
         self.stem = nn.Conv2d(3 * patch * patch, width, 3, padding=1)
         self.down_levels = nn.ModuleList()
         channels = width
@@ -229,8 +231,8 @@ class DRFusion(FusionModel):
             )
         if steps < 1 or width % groups or patch < 1:
             raise SettingError(
-                f"steps={steps}, width={width}, groups={groups}, patch={patch}; expected steps >= 1, "
-                "groups dividing width, patch >= 1"
+                f"steps={steps}, width={width}, groups={groups}, patch={patch}; expected "
+                "steps >= 1, groups dividing width, patch >= 1"
             )
         self.steps, self.update = steps, update
         self.correct_last = correct_last or update == "paper"
@@ -238,15 +240,18 @@ class DRFusion(FusionModel):
         self.operators = nn.ModuleList(operators or (Identity(), Identity()))
         self.multiple = math.lcm(2 * patch, *(o.multiple for o in self.operators))
         self.alpha = nn.Parameter(torch.full((steps,), 0.5))
-        self.unet = NoisePredictor(width, blocks=blocks, groups=groups, dropout=dropout, patch=patch)
+        self.unet = NoisePredictor(
+            width, blocks=blocks, groups=groups, dropout=dropout, patch=patch
+        )
         self.time = TimeShifts(width, 4 * width, self.unet.widths)
 
     def schedule(self) -> list[Step]:
-        """The steps t = T .. 1 with their coefficients (facts of the official ``Net`` and ``Step``).
+        """The steps t = T .. 1 with their coefficients (the official code's ``Net`` and ``Step``).
 
         abar_t = alpha_1 ... alpha_t; lambda_t = min(1, sigma_t / (a_t sigma_y)) with
-        sigma_t^2 = beta_t (1 - abar_{t-1}) / (1 - abar_t), a_t = sqrt(abar_{t-1}) beta_t / (1 - abar_t)
-        and 1e-12 as the floor under every root and division.
+        sigma_t^2 = beta_t (1 - abar_{t-1}) / (1 - abar_t),
+        a_t = sqrt(abar_{t-1}) beta_t / (1 - abar_t) and 1e-12 as the floor under every root and
+        division.
 
         Returns:
             Python numbers computed in float64; while training, 0-d tensors that carry gradients.

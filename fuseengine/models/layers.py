@@ -20,8 +20,8 @@ from torch import Tensor, nn
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoidal embedding of timesteps, cosine half first (Ho et al. 2020, section 3.3).
 
-    ``e = [cos(t f_0) ... cos(t f_k), sin(t f_0) ... sin(t f_k)]``, ``f_i = max_period^(-i/k')`` with
-    ``k' = dim // 2``.
+    ``e = [cos(t f_0), ..., cos(t f_{k-1}), sin(t f_0), ..., sin(t f_{k-1})]`` with
+    ``f_i = max_period^(-i / k)``, ``k = dim // 2``.
 
     Args:
         t: (N,) timesteps, any real dtype.
@@ -96,7 +96,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        """x (N, channels, H, W), shift (1 or N, out) -> (N, out, H, W)."""
+        """X (N, channels, H, W), shift (1 or N, out) -> (N, out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x))) + shift[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.shortcut(x) + h
@@ -116,7 +116,7 @@ class SkipGate(nn.Module):
         self.spatial = nn.Conv2d(channels, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C, H, W) -> the same shape."""
+        """X (N, C, H, W) -> the same shape."""
         average = x.mean(dim=(2, 3), keepdim=True)
         largest = x.amax(dim=(2, 3), keepdim=True)
         channel = torch.sigmoid(

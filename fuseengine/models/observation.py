@@ -115,7 +115,9 @@ class Downsample(Operator):
         """(N, C, H / s, W / s) -> (N, C, H, W)."""
         return block_repeat(y, self.scale)
 
-    observed = apply_to
+    def observed(self, frame: Tensor) -> Tensor:
+        """Block means of the enlarged frame."""
+        return self.apply_to(frame)
 
 
 class Compose(Operator):

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from fuseengine.program import Node, Program, Shape, Value
+from fuseengine.program import Program, Shape, Value
 
 _ELEMENTWISE = ("ddim_step", "add", "sub", "mul", "div", "clamp")
 
@@ -43,7 +43,9 @@ def narrow(program: Program, model: nn.Module) -> Program:
             sliced = []
             for name in source.inputs:
                 part = f"{name}_{node.outputs[0]}"
-                values[part] = Value(part, _sliced(values[name].shape, values[node.made()[0]].shape))
+                values[part] = Value(
+                    part, _sliced(values[name].shape, values[node.made()[0]].shape)
+                )
                 sliced.append(replace(node, inputs=(name,), outputs=(part,)))
             late = replace(source, inputs=tuple(n.made()[0] for n in sliced), outputs=node.outputs)
             nodes[index : index + 1] = [*sliced, late]

@@ -142,16 +142,24 @@ class Executor:
             self._run = self.device.wrap([call for _, call in self._calls])
         self._run()
 
+    def run_timed(self) -> list[float]:
+        """Like :meth:`run`, call by call; the milliseconds of each node."""
+        times = []
+        self.device.synchronize()
+        for _, call in self._calls:
+            begin = time.perf_counter()
+            call()
+            self.device.synchronize()
+            times.append((time.perf_counter() - begin) * 1e3)
+        return times
+
     def profile(self, runs: int) -> list[Timing]:
         """Time each node over several runs of the whole program."""
-        samples = np.zeros((len(self._calls), runs))
-        for run in range(runs):
-            for index, (_, call) in enumerate(self._calls):
-                self.device.synchronize()
-                begin = time.perf_counter()
-                call()
-                self.device.synchronize()
-                samples[index, run] = (time.perf_counter() - begin) * 1e3
+        return self.timings([self.run_timed() for _ in range(runs)])
+
+    def timings(self, runs: Sequence[Sequence[float]]) -> list[Timing]:
+        """What several calls of :meth:`run_timed` gave, per node."""
+        samples = np.array(runs, dtype=np.float64).T
         return [
             Timing(
                 node.target if node.kind == "op" else StageVariant.of(node).label,

@@ -195,6 +195,9 @@ class FramePair:
         Returns:
             A torch tensor if the visible input was one, else a NumPy array. A single frame is
             not copied: it shares the memory of ``outputs[0]``.
+
+        Raises:
+            FrameError: If there are not as many outputs as pairs.
         """
         if len(outputs) != len(self):
             raise FrameError(f"outputs: got {len(outputs)} frames, expected {len(self)}")

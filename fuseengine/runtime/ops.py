@@ -77,7 +77,7 @@ JOINT_FORMS = ("code", "paper")
 
 
 def _joint_ddim_step(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
-    scales = {name: float(attrs[name]) for name in (*_SCALES, "lam")}
+    scales: dict[str, Any] = {name: float(attrs[name]) for name in (*_SCALES, "lam")}
     form = JOINT_FORMS.index(attrs["form"])
     arrays = (*inputs, output)
     return lambda: _native.joint_ddim_step(*arrays, **scales, form=form)

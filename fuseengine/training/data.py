@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fuseengine.errors import TrainingError
 from fuseengine.runtime.images import pair_files, read_image
+from fuseengine.training.degradations import gaussian_blur
 
 _PAIR_FOLDERS = (("ir", "vis"), ("infrared", "visible"), ("a", "b"))
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -42,11 +43,28 @@ def find_pair_folders(root: Path) -> list[tuple[Path, Path]]:
 def read_luma(path: Path) -> NDArray[np.uint8]:
     """A picture's luma, (H, W) uint8 (BT.601 full range)."""
     image = read_image(path)
-    if image.dtype == np.uint16:
-        image = (image // 257).astype(np.uint8)
-    if image.ndim == 3:
-        image = np.rint(image.astype(np.float32) @ _LUMA).astype(np.uint8)
-    return image
+    levels = image // 257 if image.dtype == np.uint16 else image
+    if levels.ndim == 3:
+        levels = np.rint(levels.astype(np.float32) @ _LUMA)
+    return levels.astype(np.uint8)
+
+
+def change_tone(x: Tensor, rng: np.random.Generator) -> Tensor:
+    """A random tone curve ``gain x^gamma + offset`` that stays in [0, 1].
+
+    Cameras differ in exposure and automatic gain; low-contrast pictures are the common case.
+    """
+    gamma, gain = float(rng.uniform(0.6, 1.6)), float(rng.uniform(0.35, 1.0))
+    return gain * x.pow(gamma) + float(rng.uniform(0.0, 1.0 - gain))
+
+
+def add_grain(x: Tensor, rng: np.random.Generator) -> Tensor:
+    """Fine grain, standard deviation up to 0.025: texture of the source, to be kept."""
+    grain = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
+    if rng.random() < 0.5:
+        grain = gaussian_blur(grain, float(rng.uniform(0.3, 0.8)))
+        grain = grain / grain.std()
+    return x + 0.025 * float(rng.random()) * grain
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,7 @@ class PatchSettings:
         largest_scale: ... to here: shrunk ones show large structures in one patch, enlarged ones
             are soft as many thermal pictures are.
         tone_chance: probability that a source's tone curve is changed, see :func:`change_tone`.
+        grain_chance: probability that a source gets fine grain, see :func:`add_grain`.
     """
 
     size: int = 192
@@ -67,15 +86,7 @@ class PatchSettings:
     smallest_scale: float = 0.5
     largest_scale: float = 1.4
     tone_chance: float = 0.6
-
-
-def change_tone(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """A random tone curve ``gain x^gamma + offset`` that stays in [0, 1].
-
-    Cameras differ in exposure and automatic gain; low-contrast pictures are the common case.
-    """
-    gamma, gain = float(rng.uniform(0.6, 1.6)), float(rng.uniform(0.35, 1.0))
-    return gain * x.pow(gamma) + float(rng.uniform(0.0, 1.0 - gain))
+    grain_chance: float = 0.5
 
 
 class PairPatches:
@@ -133,6 +144,9 @@ class PairPatches:
                 )
             if rng.random() < self.settings.tone_chance:
                 patch = change_tone(patch.clamp(0.0, 1.0), rng)
+            if rng.random() < self.settings.grain_chance:
+                patch = add_grain(patch, rng)
+            patch = patch.clamp(0.0, 1.0)
             patch = torch.rot90(patch, turn, (2, 3))
             patches.append(patch.flip(3) if flip else patch)
         return patches[0], patches[1]

@@ -43,7 +43,11 @@ class DRFusionRecipe:
     """
 
     def __init__(
-        self, model: DRFusion, *, degrade_chance: float = 0.1, weights: DRFusionWeights | None = None
+        self,
+        model: DRFusion,
+        *,
+        degrade_chance: float = 0.05,
+        weights: DRFusionWeights | None = None,
     ) -> None:
         self.weights = weights or DRFusionWeights()
         self.degrade_chance = degrade_chance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -148,7 +148,7 @@ def train(
 
 def _rate(settings: TrainSettings, step: int) -> float:
     warm = min(1.0, (step + 1) / max(settings.warmup, 1))
-    cosine = 0.5 * (1 + np.cos(np.pi * step / settings.steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     return settings.rate * warm * (0.02 + 0.98 * cosine)
 
 

@@ -1,0 +1,117 @@
+"""Compiled engines in the cache: their keys, and what an entry holds.
+
+An entry holds the program and its constants, the choice per stage, the report, and the networks as
+ONNX where a chosen backend takes that; so an engine of a packaged model loads without PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fuseengine import cache
+from fuseengine.engine import Choice, Engine
+from fuseengine.errors import CacheError, CaptureError, UnknownNameError
+from fuseengine.program import Program, StageVariant
+from fuseengine.report import Report
+from fuseengine.search import Settings
+from fuseengine.stages import CachedStages, ModelStages
+from fuseengine.zoo import packaged_models
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger("fuseengine")
+
+
+def named_key(name: str, settings: Settings) -> str:
+    """Key of a packaged model's engine, made without PyTorch.
+
+    Raises:
+        UnknownNameError: no such packaged model.
+    """
+    packaged = packaged_models()
+    if name not in packaged:
+        raise UnknownNameError("packaged model", name, packaged)
+    model = packaged[name]
+    weights = np.frombuffer(model.weights.read_bytes(), dtype=np.uint8)
+    card = json.dumps(model.settings, sort_keys=True)
+    content = cache.fingerprint([("weights", weights)], name, card)
+    return cache.key_of({"model": content, **vars(settings)})
+
+
+def content_key(program: Program, stages: ModelStages, settings: Settings) -> str:
+    """Key of what was really captured; empty where the networks cannot be written quickly."""
+    from fuseengine.export.onnx import UnsupportedLayerError
+
+    try:
+        networks = [(v.label, stages.onnx(v, fallback=False)) for v in program.variants()]
+    except UnsupportedLayerError:
+        return ""
+    arrays = [(label, np.frombuffer(content, dtype=np.uint8)) for label, content in networks]
+    content = cache.fingerprint([*arrays, *program.constants.items()], program.to_json())
+    return cache.key_of({"content": content, **vars(settings)})
+
+
+def store(key: str, program: Program, stages: ModelStages, choice: Choice, report: Report) -> None:
+    """Write an entry; a cache that cannot be written is a warning, not an error."""
+    variants = list(program.variants())
+    files = {
+        "program.json": program.to_json().encode(),
+        "constants.npz": cache.pack_arrays(dict(program.constants)),
+        "report.json": json.dumps(report.to_dict()).encode(),
+        "choice.json": json.dumps(
+            [[v.stage, list(v.use), *choice[v], f"{i}.onnx"] for i, v in enumerate(variants)]
+        ).encode(),
+    }
+    for index, variant in enumerate(variants):
+        if variant in stages.written:
+            files[f"{index}.onnx"] = stages.written[variant]
+    try:
+        cache.store(key, files)
+    except CacheError as error:
+        log.warning("%s", error)
+
+
+def load(key: str, settings: Settings, make: Callable[[], nn.Module]) -> Engine | None:
+    """The engine of an entry.
+
+    Args:
+        key: from :func:`named_key` or :func:`content_key`.
+        settings: what was asked for.
+        make: gives the model, for a backend that needs its module.
+
+    Returns:
+        The engine, or None when there is no entry or it cannot be read.
+    """
+    files = cache.load(key)
+    if files is None:
+        return None
+    try:
+        constants = cache.unpack_arrays(files["constants.npz"])
+        program = Program.from_json(files["program.json"].decode(), constants)
+        report = Report.from_dict(json.loads(files["report.json"]))
+        choice: dict[StageVariant, tuple[str, str]] = {}
+        networks: dict[StageVariant, bytes] = {}
+        for stage, use, backend, precision, file in json.loads(files["choice.json"]):
+            variant = StageVariant(stage, tuple(use))
+            choice[variant] = (backend, precision)
+            if file in files:
+                networks[variant] = files[file]
+    except (KeyError, ValueError, TypeError, CaptureError) as error:
+        log.warning("cache entry %s is unreadable (%r) and compiled again", key, error)
+        return None
+    return Engine(
+        program,
+        CachedStages(networks, make),
+        choice,
+        replace(report, from_cache=True),
+        size=settings.size,
+        device=settings.device,
+        threads=settings.threads,
+    )

@@ -1,0 +1,318 @@
+"""The search behind ``compile()``: lower with every candidate, check, time, choose.
+
+Choosing happens here, once; nothing is chosen while frames are fused.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fuseengine.backends import BACKENDS
+from fuseengine.demo import demo_pair
+from fuseengine.engine import Choice, build_executor
+from fuseengine.errors import CompileError, FuseEngineError
+from fuseengine.program import Program, StageVariant
+from fuseengine.report import Candidate, Report
+from fuseengine.runtime.executor import Executor
+from fuseengine.runtime.frames import FrameAdapter, prepare_pair
+from fuseengine.stages import ModelStages
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger("fuseengine")
+
+_EXACT_DB = 80.0
+"""What a candidate that calls itself float32 must reach against the reference."""
+
+_QUICK_SECONDS = 0.4
+"""Time that a quick search spends on timing one candidate, about."""
+
+Pair = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What compile() was asked for, resolved: no "auto" device, threads a number."""
+
+    size: tuple[int, int] | None
+    device: str
+    precision: str
+    backend: str
+    effort: str
+    guard_db: float
+    max_error: float
+    threads: int
+
+    @property
+    def measured(self) -> tuple[int, int]:
+        """The frame size to measure at: an engine without a fixed size is measured at VGA."""
+        return self.size or (480, 640)
+
+
+@dataclass
+class _Trial:
+    """A candidate that ran: its times per variant and its error."""
+
+    backend: str
+    precision: str
+    executor: Executor
+    times: dict[StageVariant, float]
+    total: float
+    psnr: float
+    error: float
+
+
+def search(
+    program: Program, stages: ModelStages, settings: Settings, pairs: list[Pair]
+) -> tuple[Choice, Report]:
+    """Find the fastest lowering inside the guard.
+
+    Args:
+        program: the captured model.
+        stages: its networks.
+        settings: what was asked for.
+        pairs: model inputs to check and time on, see :func:`check_pairs`.
+
+    Returns:
+        Backend and precision per stage variant, and the record of what was tried.
+
+    Raises:
+        CompileError: no candidate could be lowered and passed the guard.
+    """
+    references, eager_ms = _reference(stages.model, pairs, settings)
+    candidates: list[Candidate] = []
+    trials: list[_Trial] = []
+    for backend, precision, reason in _candidates(settings, trials, eager_ms):
+        if reason:
+            candidates.append(Candidate(backend, precision, note=reason))
+            continue
+        try:
+            trial = _try(program, stages, settings, backend, precision, pairs, references)
+        except Exception as failure:
+            # A backend's library may raise anything; another one may still do.
+            log.debug("%s/%s failed", backend, precision, exc_info=True)
+            candidates.append(Candidate(backend, precision, note=_first_line(failure)))
+            continue
+        note = _refusal(trial, settings)
+        candidates.append(Candidate(backend, precision, trial.total, trial.psnr, trial.error, note))
+        if not note:
+            trials.append(trial)
+    if not trials:
+        shown = "; ".join(f"{c.backend}/{c.precision}: {c.note}" for c in candidates)
+        raise CompileError(
+            f"nothing could run {program.model} on {settings.device} as asked "
+            f"(backend={settings.backend!r}, precision={settings.precision!r}, guard "
+            f"{settings.guard_db} dB): {shown}. Ask for less, or lower guard_db if that is meant."
+        )
+    choice, psnr, error = _choose(program, stages, settings, trials, pairs, references)
+    kept = set(choice.values())
+    report = Report(
+        model=program.model,
+        size=settings.measured,
+        device=settings.device,
+        choice={v.label: "/".join(how) for v, how in choice.items()},
+        candidates=tuple(
+            replace(c, note="chosen") if (c.backend, c.precision) in kept else c for c in candidates
+        ),
+        guard_db=settings.guard_db,
+        psnr_db=psnr,
+        max_error=error,
+        seconds=0.0,
+        threads=settings.threads,
+    )
+    return choice, report
+
+
+def _reference(
+    model: nn.Module, pairs: list[Pair], settings: Settings
+) -> tuple[list[NDArray[np.float32]], float]:
+    """The eager model's fused images in float32, and its time for the last one in ms."""
+    import torch
+
+    training, elapsed, fused = model.training, 0.0, []
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if settings.device == "cpu":
+        torch.set_num_threads(settings.threads)
+    model.eval()
+    exact = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=False, allow_tf32=False
+    )
+    with torch.inference_mode(), exact:
+        for pair in pairs:
+            begin = time.perf_counter()
+            result = model(*(torch.from_numpy(x).to(device) for x in pair))
+            fused.append(result.float().cpu().numpy())
+            elapsed = (time.perf_counter() - begin) * 1e3
+    model.train(training)
+    return fused, elapsed
+
+
+def _candidates(
+    settings: Settings, trials: list[_Trial], eager_ms: float
+) -> Iterable[tuple[str, str, str]]:
+    """(backend, precision, why not) in the order to try."""
+    named = settings.backend != "auto"
+    for name, backend in BACKENDS.items():
+        if named and name != settings.backend:
+            continue
+        reason = backend.unavailable(settings.device)
+        if reason:
+            yield name, settings.precision, reason
+            continue
+        if not named and not backend.quick and settings.effort == "quick":
+            yield name, settings.precision, "slow to compile; tried with effort='full'"
+            continue
+        offered = backend.precisions(settings.device)
+        wanted = offered if settings.precision == "auto" else (settings.precision,)
+        for precision in wanted:
+            if precision not in offered:
+                yield name, precision, f"offers {', '.join(offered)} only"
+                continue
+            best = min((trial.total for trial in trials), default=float("inf"))
+            slow = name == "torch" and settings.device == "cpu" and eager_ms > 2 * best
+            if slow and not named and settings.effort == "quick":
+                yield (
+                    name,
+                    precision,
+                    f"eager took {eager_ms:.3g} ms, {eager_ms / best:.1f} x the best",
+                )
+                continue
+            yield name, precision, ""
+
+
+def _try(
+    program: Program,
+    stages: ModelStages,
+    settings: Settings,
+    backend: str,
+    precision: str,
+    pairs: list[Pair],
+    references: list[NDArray[np.float32]],
+) -> _Trial:
+    choice = dict.fromkeys(program.variants(), (backend, precision))
+    size = pairs[0][0].shape[2:]
+    executor = build_executor(
+        program, stages, choice, (size[0], size[1]), settings.device, settings.threads
+    )
+    psnr, error = _errors(executor, pairs, references)
+    runs = 20
+    if settings.effort == "quick":
+        begin = time.perf_counter()
+        executor.run()
+        executor.device.synchronize()
+        once = time.perf_counter() - begin
+        runs = min(5, max(1, round(_QUICK_SECONDS / once)))
+    timings = executor.profile(runs)
+    # The minimum is the least disturbed on a shared machine; ratios are what counts here.
+    times: dict[StageVariant, float] = {}
+    for timing in timings:
+        if timing.variant is not None:
+            times[timing.variant] = times.get(timing.variant, 0.0) + float(timing.samples.min())
+    total = sum(float(timing.samples.min()) for timing in timings)
+    return _Trial(backend, precision, executor, times, total, psnr, error)
+
+
+def _errors(
+    executor: Executor, pairs: list[Pair], references: list[NDArray[np.float32]]
+) -> tuple[float, float]:
+    """Worst PSNR in dB (peak 1) and largest absolute error over the pairs."""
+    psnr, error = float("inf"), 0.0
+    device = executor.device
+    for pair, reference in zip(pairs, references, strict=True):
+        for target, source in zip(executor.inputs, pair, strict=True):
+            target[...] = device.constant(source)
+        executor.run()
+        device.synchronize()
+        fused = executor.output
+        fused = fused if isinstance(fused, np.ndarray) else fused.cpu().numpy()
+        difference = fused.astype(np.float64) - reference
+        square = float((difference**2).mean())
+        # A picture of NaN has no error; it is refused by the comparison in _refusal.
+        psnr = min(psnr, -10 * np.log10(square)) if square != 0 else min(psnr, 200.0)
+        error = max(error, float(np.abs(difference).max()))
+        if not np.isfinite(square):
+            return float("-inf"), float("inf")
+    return float(psnr), error
+
+
+def _refusal(trial: _Trial, settings: Settings) -> str:
+    least = _EXACT_DB if trial.precision == "fp32" else settings.guard_db
+    if not trial.psnr >= least:
+        return f"refused: {trial.psnr:.1f} dB is below the guard's {least:.0f} dB"
+    if not trial.error <= settings.max_error:
+        return f"refused: an error of {trial.error:.2g} is above {settings.max_error:.2g}"
+    return ""
+
+
+def _choose(
+    program: Program,
+    stages: ModelStages,
+    settings: Settings,
+    trials: list[_Trial],
+    pairs: list[Pair],
+    references: list[NDArray[np.float32]],
+) -> tuple[dict[StageVariant, tuple[str, str]], float, float]:
+    """The fastest backend per variant; the fastest single one if that mixture misses the guard."""
+    whole = min(trials, key=lambda trial: trial.total)
+    uniform = dict.fromkeys(program.variants(), (whole.backend, whole.precision))
+    mixed = {}
+    for variant in program.variants():
+        best = min(trials, key=lambda trial: trial.times[variant])
+        # Two runtimes have two thread pools and two copies of memory: only for a clear gain.
+        clear = best.times[variant] < 0.9 * whole.times[variant]
+        trial = best if clear else whole
+        mixed[variant] = (trial.backend, trial.precision)
+    if mixed == uniform:
+        return uniform, whole.psnr, whole.error
+    size = pairs[0][0].shape[2:]
+    executor = build_executor(
+        program, stages, mixed, (size[0], size[1]), settings.device, settings.threads
+    )
+    psnr, error = _errors(executor, pairs, references)
+    if psnr >= settings.guard_db and error <= settings.max_error:
+        return mixed, psnr, error
+    return uniform, whole.psnr, whole.error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    shown = text[0] if text else type(error).__name__
+    if not isinstance(error, FuseEngineError):
+        shown = f"{type(error).__name__}: {shown}"
+    return shown[:120]
+
+
+def check_pairs(
+    program: Program, settings: Settings, examples: Sequence[tuple[Any, Any]] | None
+) -> list[Pair]:
+    """Model inputs to check on: the examples, or the demo pair (and its sources exchanged)."""
+    size = settings.measured
+    adapter = FrameAdapter(size, program.channels, program.multiple)
+    if examples is None:
+        infrared, visible = (_fit(frame, size) for frame in demo_pair())
+        examples = [(infrared, visible)]
+        if settings.effort == "full":
+            examples.append((visible[::-1], infrared[::-1]))
+    pairs = []
+    for infrared, visible in examples:
+        for ir, vis in prepare_pair(infrared, visible):
+            a, b = np.empty((2, 1, adapter.planes, *adapter.padded), dtype=np.float32)
+            adapter.load(ir, vis, a, b)
+            pairs.append((a, b))
+    return pairs
+
+
+def _fit(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    if frame.shape[:2] == size:
+        return frame
+    return np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BILINEAR))
