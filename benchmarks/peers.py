@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -138,7 +137,7 @@ def reason(error: BaseException, limit: int = 160) -> str:
     return f"{type(error).__name__}: {text}"[:limit].rstrip(": ")
 
 
-# --- PyTorch ----------------------------------------------------------------------------------------
+# --- PyTorch --------------------------------------------------------------------------------------
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -213,7 +212,8 @@ def torch_peer(
     import torch
 
     torch.set_num_threads(case.threads)
-    module = plain(model) if compile_mode else copy.deepcopy(model).eval()
+    # Under autocast stages give half types, which the CPU form of our ops does not mix.
+    module = plain(model) if compile_mode or dtype else copy.deepcopy(model).eval()
     if channels_last:
         module = module.to(memory_format=torch.channels_last)
     if compile_mode:
@@ -222,7 +222,7 @@ def torch_peer(
     last: list[Tensor] = []
 
     def run() -> None:
-        with torch.inference_mode(), _rounding(tf32), contextlib.ExitStack() as stack:
+        with torch.inference_mode(), rounding(tf32), contextlib.ExitStack() as stack:
             if dtype:
                 stack.enter_context(torch.autocast(case.device, getattr(torch, dtype)))
             last[:] = [module(*given)]
@@ -251,7 +251,8 @@ def in_cuda_graph(run: Callable[[], object]) -> Callable[[], object]:
 
 
 @contextlib.contextmanager
-def _rounding(tf32: bool) -> Iterator[None]:
+def rounding(tf32: bool) -> Iterator[None]:
+    """Whether float32 products and convolutions on a CUDA device may round to TF32 in the body."""
     import torch
 
     if not torch.cuda.is_available():
@@ -267,7 +268,7 @@ def _rounding(tf32: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = products
 
 
-# --- runtimes that take ONNX ------------------------------------------------------------------------
+# --- runtimes that take ONNX ----------------------------------------------------------------------
 
 
 def export_onnx(model: nn.Module, a: Floats, b: Floats, path: Path) -> Path:
@@ -348,7 +349,7 @@ def openvino_peer(path: Path, a: Floats, b: Floats, threads: int, precision: str
     return Ready(run, lambda: request.get_output_tensor(0).data)
 
 
-# --- FuseEngine -------------------------------------------------------------------------------------
+# --- FuseEngine -----------------------------------------------------------------------------------
 
 
 class Engines:
@@ -389,9 +390,7 @@ class Engines:
     def engine(self, precision: str) -> fe.Engine:
         """The engine of a precision."""
         if precision not in self.compiled:
-            self.compiled[precision] = compile_engine(
-                self.case, self.model, precision, self.effort
-            )
+            self.compiled[precision] = compile_engine(self.case, self.model, precision, self.effort)
         return self.compiled[precision]
 
     def _program(self, precision: str) -> Ready:
@@ -445,7 +444,7 @@ def how(engine: fe.Engine) -> str:
     return ", ".join(dict.fromkeys(engine.report.choice.values()))
 
 
-# --- peak memory, in a process of its own -------------------------------------------------------------
+# --- peak memory, in a process of its own ---------------------------------------------------------
 
 
 def memory_of(key: str, case_json: Mapping[str, Any], folder: str, effort: str) -> None:
@@ -471,9 +470,7 @@ def memory_of(key: str, case_json: Mapping[str, Any], folder: str, effort: str) 
     elif key == "onnxruntime":
         ready = onnxruntime_peer(onnx, a, b, case.threads)
     elif key.startswith("openvino"):
-        ready = openvino_peer(
-            onnx, a, b, case.threads, "bf16" if key.endswith("bf16") else "f32"
-        )
+        ready = openvino_peer(onnx, a, b, case.threads, "bf16" if key.endswith("bf16") else "f32")
     else:
         ready = torch_peer(case.load(), a, b, case, **TORCH_PEERS[key][2])
     for _ in range(3):
@@ -553,9 +550,7 @@ def make_peers(
         if "compile_mode" in options:
             options = {**options, "compile_mode": compile_mode}
             name += "" if compile_mode == "default" else f", {compile_mode}"
-        return Contender(
-            key, name, precision, lambda: torch_peer(model, a, b, case, **options)
-        )
+        return Contender(key, name, precision, lambda: torch_peer(model, a, b, case, **options))
 
     def runtime(key: str) -> Contender:
         if key == "onnxruntime":
@@ -591,8 +586,3 @@ def demo_frames(size: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.ui
 
     infrared, visible = fe.demo_pair()
     return fit(infrared), fit(visible)
-
-
-def case_line(case: Case) -> str:
-    """The case as JSON on one line."""
-    return json.dumps(case.to_json())

@@ -21,7 +21,7 @@ from fuseengine.program import Program, StageVariant
 from fuseengine.report import Report
 from fuseengine.search import Settings
 from fuseengine.stages import CachedStages, ModelStages
-from fuseengine.zoo import packaged_models
+from fuseengine.zoo import packaged_models, unpackaged_hint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +37,7 @@ def named_key(name: str, settings: Settings) -> str:
     """
     packaged = packaged_models()
     if name not in packaged:
-        raise UnknownNameError("packaged model", name, packaged)
+        raise UnknownNameError("packaged model", name, packaged, hint=unpackaged_hint(name))
     model = packaged[name]
     weights = np.frombuffer(model.weights.read_bytes(), dtype=np.uint8)
     card = json.dumps(model.settings, sort_keys=True)

@@ -30,10 +30,11 @@ class ImageFileError(FuseEngineError):
 class UnknownNameError(FuseEngineError, LookupError):
     """A model, backend, precision or option name that does not exist."""
 
-    def __init__(self, kind: str, given: object, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, given: object, known: Iterable[str], hint: str = "") -> None:
         self.kind, self.given, self.known = kind, given, sorted(known)
         close = difflib.get_close_matches(str(given), self.known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        if not hint and close:
+            hint = f" Did you mean {close[0]!r}?"
         super().__init__(
             f"unknown {kind} {given!r}; expected one of: {', '.join(self.known)}.{hint}"
         )

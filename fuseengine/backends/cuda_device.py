@@ -42,6 +42,8 @@ class TorchDevice:
         Raises:
             CaptureError: unknown op.
         """
+        if node.target in _SPECTRA:
+            return self._bind_filter(node, inputs, output)
         if node.target not in _OPS:
             raise CaptureError(f"op {node.target!r} is unknown on {self.device}")
         function, attrs = _OPS[node.target], node.attrs
@@ -49,6 +51,18 @@ class TorchDevice:
         def call() -> None:
             with torch.inference_mode():
                 output.copy_(function(inputs, attrs))
+
+        return call
+
+    def _bind_filter(self, node: Node, inputs: Sequence[Tensor], output: Tensor) -> Call:
+        # A filter's kernel is a constant of the program: its spectrum is computed once, in float64.
+        x, kernel = inputs
+        size = (int(x.shape[-2]), int(x.shape[-1]))
+        spectrum = _SPECTRA[node.target](kernel.double(), size, node.attrs).to(torch.complex64)
+
+        def call() -> None:
+            with torch.inference_mode():
+                output.copy_(kernels.wiener_filter(x, spectrum))
 
         return call
 
@@ -69,7 +83,8 @@ class TorchDevice:
             run()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The default mode forbids CUDA calls to every other thread while the graph is captured.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
         return graph.replay
 
@@ -123,8 +138,11 @@ _OPS: dict[str, Callable[[Sequence[Tensor], Mapping[str, Any]], Tensor]] = {
     "joint_ddim_step": _joint,
     "block_mean": lambda inputs, attrs: kernels.block_mean(inputs[0], attrs["scale"]),
     "block_repeat": lambda inputs, attrs: kernels.block_repeat(inputs[0], attrs["scale"]),
-    "circular_convolution": lambda inputs, attrs: kernels.circular_convolution(*inputs),
-    "wiener_deconvolution": lambda inputs, attrs: kernels.wiener_deconvolution(
-        *inputs, attrs["regularisation"]
+}
+
+_SPECTRA: dict[str, Callable[[Tensor, tuple[int, int], Mapping[str, Any]], Tensor]] = {
+    "circular_convolution": lambda kernel, size, attrs: kernels.kernel_spectrum(kernel, size),
+    "wiener_deconvolution": lambda kernel, size, attrs: kernels.wiener_spectrum(
+        kernel, size, attrs["regularisation"]
     ),
 }

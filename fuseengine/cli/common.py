@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fuseengine.errors import ImageFileError
+from fuseengine.runtime.formats import SUFFIXES
 
 if TYPE_CHECKING:
     from fuseengine.engine import Engine
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""What ``write_image`` takes; known here so that a wrong one fails before anything is compiled."""
 
 
 _SPELLINGS = {

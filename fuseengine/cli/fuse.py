@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fuseengine.cli.common import (
-    SUFFIXES,
     RawHelp,
     add_engine_options,
     check_output_file,
@@ -24,6 +23,7 @@ from fuseengine.cli.common import (
     one_line,
 )
 from fuseengine.errors import FuseEngineError, ImageFileError, SettingError
+from fuseengine.runtime.formats import SUFFIXES
 
 if TYPE_CHECKING:
     from fuseengine.engine import Engine

@@ -9,7 +9,7 @@ from fuseengine.errors import SettingError, UnknownNameError
 from fuseengine.models.base import FusionModel
 from fuseengine.models.checkpoint import load_checkpoint
 from fuseengine.models.drfusion import DRFusion
-from fuseengine.zoo import packaged_models
+from fuseengine.zoo import packaged_models, unpackaged_hint
 
 _BUILDERS: dict[str, tuple[Callable[..., FusionModel], dict[str, Any]]] = {
     "drfusion": (DRFusion, {}),
@@ -83,9 +83,7 @@ def load_model(name: str) -> FusionModel:
     """
     packaged = packaged_models()
     if name not in packaged:
-        if name in _BUILDERS:
-            raise UnknownNameError("packaged model (build() gives untrained ones)", name, packaged)
-        raise UnknownNameError("model", name, packaged)
+        raise UnknownNameError("packaged model", name, packaged, hint=unpackaged_hint(name))
     model = build(name, **packaged[name].settings)
     load_checkpoint(model, packaged[name].weights)
     return model

@@ -12,19 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fuseengine.errors import ImageFileError
+from fuseengine.runtime.formats import FORMATS, SIXTEEN_BIT, SUFFIXES
 
-# Suffix -> (Pillow's format, options for writing).
-_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".bmp": ("BMP", {}),
-    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
-    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
-    ".png": ("PNG", {}),
-    ".tif": ("TIFF", {"compression": "tiff_deflate"}),
-    ".tiff": ("TIFF", {"compression": "tiff_deflate"}),
-    ".webp": ("WEBP", {"quality": 95}),
-}
-_SIXTEEN_BIT = ("PNG", "TIFF")
-_SUFFIXES = ", ".join(sorted(_FORMATS))
+_SUFFIXES = ", ".join(SUFFIXES)
 
 
 class PairedFiles(NamedTuple):
@@ -104,15 +94,15 @@ def write_image(path: str | os.PathLike[str], array: NDArray[Any]) -> None:
             cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in _FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise ImageFileError(
             f"cannot write {path}: got suffix {path.suffix!r}, expected one of {_SUFFIXES}"
         )
-    fmt, options = _FORMATS[path.suffix.lower()]
+    fmt, options = FORMATS[path.suffix.lower()]
     shape, dtype = array.shape, array.dtype
     gray, colour = array.ndim == 2, array.ndim == 3 and shape[2] == 3
     fits = (dtype == np.uint8 and (gray or colour)) or (
-        dtype == np.uint16 and gray and fmt in _SIXTEEN_BIT
+        dtype == np.uint16 and gray and fmt in SIXTEEN_BIT
     )
     if not fits or array.size == 0:
         raise ImageFileError(
@@ -153,7 +143,7 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     return [
         entry
         for entry in entries
-        if entry.suffix.lower() in _FORMATS and not entry.name.startswith(".") and entry.is_file()
+        if entry.suffix.lower() in FORMATS and not entry.name.startswith(".") and entry.is_file()
     ]
 
 

@@ -112,6 +112,11 @@ class PairPatches:
                         f"{a} is {pair[0].shape} and {b} is {pair[1].shape}; expected one size"
                     )
                 self.pairs.append((torch.from_numpy(pair[0]), torch.from_numpy(pair[1])))
+        if not self.pairs:
+            raise TrainingError(
+                f"{root}: its pair folders hold no two images of one name; expected the same file "
+                "name (without suffix) in both"
+            )
 
     def __len__(self) -> int:
         return len(self.pairs)

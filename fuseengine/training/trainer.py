@@ -197,7 +197,14 @@ def _resume(
     path = out / _CHECKPOINT
     if not path.exists():
         return 0, 0.0
-    state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: Mapping[str, Any] = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        # torch.load raises whatever its container and unpickler meet first.
+        raise TrainingError(
+            f"{path} is not a checkpoint of a training run ({type(error).__name__}: {error}); move "
+            "it away to start anew, or choose another --out folder"
+        ) from error
     if state.get("version") != _VERSION or state.get("model") != model.name:
         raise TrainingError(
             f"{path} belongs to a run of {state.get('model')!r} (version {state.get('version')}); "

@@ -8,6 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+FAMILIES = ("drfusion", "drfusion-m", "drfusion-s")
+"""Every name that ``build`` knows, with or without packaged weights."""
+
 _FOLDER = Path(__file__).parent
 
 
@@ -34,6 +37,16 @@ class PackagedModel:
     steps: int
     parameters: int
     card: dict[str, Any] = field(repr=False)
+
+
+def unpackaged_hint(name: str) -> str:
+    """What to do about a model that can be built but has no packaged weights; else empty."""
+    if name not in FAMILIES:
+        return ""
+    return (
+        f" The weights of {name!r} are not packaged: use fe.build({name!r}) with a checkpoint "
+        "(fe.load_checkpoint), or train it."
+    )
 
 
 @cache

@@ -90,7 +90,9 @@ class TestGolden:
         assert len(compared) == 15  # 3 steps x (in, eps, mask, lambda), alpha_bar, joint, fused
         for name in compared:
             gap = gaps[name] if "fused" not in name else 255 * gaps[f"out:{case}/joint"]
-            difference = np.abs(seen[name].double().numpy() - expected[name].astype(np.float64)).max()
+            difference = np.abs(
+                seen[name].double().numpy() - expected[name].astype(np.float64)
+            ).max()
             assert seen[name].numpy().shape == expected[name].shape
             assert difference <= max(GAPS * gap, FLOOR), name
 
@@ -152,9 +154,7 @@ def modules(model):
             continue
         official = own_to_official[f"{path}.{first}"]
         parts = official.split(".")
-        if kind in ("ResidualBlock", "SkipGate"):
-            names[path] = ".".join(parts[:3])
-        elif parts[-2] == "op":
+        if kind in ("ResidualBlock", "SkipGate") or parts[-2] == "op":
             names[path] = ".".join(parts[:3])
         elif parts[1] in ("inBlock", "outBlock", "fusion_outBlock"):
             names[path] = ".".join(parts[:2])
@@ -188,7 +188,7 @@ class TestSizes:
         with torch.no_grad():
             fused = model(a, b)
         assert fused.shape == a.shape
-        assert torch.isfinite(fused).all() and 0 <= fused.min() and fused.max() <= 1
+        assert torch.isfinite(fused).all() and fused.min() >= 0 and fused.max() <= 1
 
     def test_pictures_of_a_batch_do_not_meet(self):
         model = tiny()

@@ -166,7 +166,10 @@ class TestOperators:
         [
             (lambda: Blur(torch.ones(2, 3)), r"shape \(2, 3\); expected \(h, w\), both odd"),
             (lambda: Blur(torch.ones(3)), "both odd"),
-            (lambda: Blur(torch.ones(3, 3), -1e-3), "regularisation=-0.001; expected a number >= 0"),
+            (
+                lambda: Blur(torch.ones(3, 3), -1e-3),
+                "regularisation=-0.001; expected a number >= 0",
+            ),
             (lambda: Downsample(0), "scale=0; expected an integer >= 1"),
             (lambda: Downsample(2).apply_to(torch.ones(1, 1, 5, 4)), "multiples of 2"),
         ],
