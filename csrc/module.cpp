@@ -2,6 +2,7 @@
 
 namespace fuse {
 void register_frames(pybind11::module_& m);
+void register_parallel(pybind11::module_& m);
 void register_random(pybind11::module_& m);
 void register_sampler(pybind11::module_& m);
 }  // namespace fuse
@@ -9,6 +10,7 @@ void register_sampler(pybind11::module_& m);
 PYBIND11_MODULE(_native, m) {
     m.doc() = "CPU kernels of FuseEngine. Arrays are checked, never converted or copied.";
     fuse::register_frames(m);
+    fuse::register_parallel(m);
     fuse::register_random(m);
     fuse::register_sampler(m);
 }

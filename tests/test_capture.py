@@ -9,6 +9,7 @@ from torch import nn
 import fuseengine as fe
 from fuseengine import kernels
 from fuseengine.backends import BACKENDS
+from fuseengine.capture import capture
 from fuseengine.errors import CaptureError
 from fuseengine.models.observation import Blur, Compose, Downsample, Identity
 from fuseengine.program import Program
@@ -52,7 +53,7 @@ def staged(body, **members):
 class TestDRFusion:
     def test_small_one(self):
         model = tiny()
-        program = fe.capture(model)
+        program = capture(model)
         assert (program.model, program.channels, program.multiple) == ("drfusion-s", "luma", 4)
         calls = [(n.kind, n.target) for n in program.nodes if n.target in ("unet", "time")]
         assert calls == [("stage", "unet")] * 3  # one network called three times, time is frozen
@@ -83,7 +84,7 @@ class TestDRFusion:
         if size[0] % model.multiple or size[1] % model.multiple:
             size = tuple(8 * -(-n // 8) for n in size)
         pair = picture_pair(size)
-        program = fe.capture(model, optimise=optimise)
+        program = capture(model, optimise=optimise)
         with torch.no_grad():
             expected = model(*pair)
         # Float32 on both sides, with other orders of terms (and float64 time constants).
@@ -91,7 +92,7 @@ class TestDRFusion:
 
     def test_degraded_one_shows_its_operators(self):
         model = tiny(operators=(Blur.gaussian(0.8), Downsample(2)))
-        program = fe.capture(model)
+        program = capture(model)
         targets = {n.target for n in program.nodes}
         assert {
             "circular_convolution",
@@ -105,7 +106,7 @@ class TestDRFusion:
 
     def test_round_trip_runs(self):
         model, pair = tiny(), picture_pair((16, 24))
-        program = fe.capture(model)
+        program = capture(model)
         again = Program.from_json(program.to_json(), program.constants)
         assert torch.equal(execute(again, model, pair), execute(program, model, pair))
 
@@ -114,7 +115,7 @@ class TestDRFusion:
         model = tiny().train(training)
         before = {n: v.clone() for n, v in model.state_dict().items()}
         members = set(vars(model))
-        fe.capture(model)
+        capture(model)
         assert model.training == training and set(vars(model)) == members
         assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
@@ -134,7 +135,7 @@ class Concat(nn.Module):
 class TestOwnModels:
     def test_without_stages_the_whole_is_one_stage(self):
         model = Concat()
-        program = fe.capture(model)
+        program = capture(model)
         assert [(n.kind, n.target) for n in program.nodes] == [("stage", "")]
         assert (program.model, program.channels, program.multiple) == ("Concat", "luma", 1)
         pair = picture_pair((9, 14))
@@ -144,7 +145,7 @@ class TestOwnModels:
     def test_colour(self):
         model = Concat(planes=3)
         model.channels, model.multiple = "rgb", 2
-        program = fe.capture(model)
+        program = capture(model)
         assert program.values["a"].shape == (1, 3, "H", "W") and program.multiple == 2
 
     def test_every_op(self):
@@ -158,7 +159,7 @@ class TestOwnModels:
             return torch.clamp(3.0 / (x.clamp(min=0.1) + torch.sub(b, 0.25)), -1.0, 1.0)
 
         model = staged(forward, multiple=2)
-        program = fe.capture(model)
+        program = capture(model)
         used = {n.target for n in program.nodes if n.kind == "op"}
         expected = {"add", "sub", "mul", "div", "concat", "slice", "clamp", "ddim_step"}
         assert used == expected | {"block_mean", "block_repeat"}
@@ -170,7 +171,7 @@ class TestOwnModels:
 
     def test_a_source_that_is_not_used(self):
         model = staged(lambda self, a, b: self.net(a))
-        program = fe.capture(model)
+        program = capture(model)
         assert program.inputs == ("a", "b") and "b" in program.values
         pair = picture_pair((6, 8))
         with torch.no_grad():
@@ -179,7 +180,7 @@ class TestOwnModels:
     def test_a_learned_number_outside_the_stages(self):
         model = staged(lambda self, a, b: self.net(a) * self.gain + b)
         model.gain = nn.Parameter(torch.tensor(0.75))
-        program = fe.capture(model)
+        program = capture(model)
         assert [a.ravel().tolist() for a in program.constants.values()] == [[0.75]]
         pair = picture_pair((6, 8))
         with torch.no_grad():
@@ -205,14 +206,14 @@ class TestErrors:
     )
     def test_what_a_program_cannot_say(self, body, message):
         with pytest.raises(CaptureError, match=message):
-            fe.capture(staged(body))
+            capture(staged(body))
 
     def test_one_source(self):
         with pytest.raises(CaptureError, match=r"takes 1 tensors \(a\); expected \(a, b\)"):
-            fe.capture(staged(lambda self, a: self.net(a)))
+            capture(staged(lambda self, a: self.net(a)))
 
     def test_a_size_that_is_no_ratio(self):
         model = staged(lambda self, a, b: self.net(a))
         model.net = nn.Conv2d(1, 1, 3)  # two rows and columns fewer
         with pytest.raises(CaptureError, match="a dimension is 10 at"):
-            fe.capture(model)
+            capture(model)

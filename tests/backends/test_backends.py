@@ -10,6 +10,7 @@ import torch
 
 import fuseengine as fe
 from fuseengine.backends import BACKENDS, get_backend
+from fuseengine.capture import capture
 from fuseengine.engine import build_executor
 from fuseengine.errors import BackendUnavailableError, UnknownNameError
 from fuseengine.stages import ModelStages
@@ -25,7 +26,7 @@ LEAST_DB = {"fp32": 95.0, "tf32": 60.0, "fp16": 45.0, "bf16": 25.0}
 @pytest.fixture(scope="module")
 def captured():
     model = tiny()
-    program = fe.capture(model)
+    program = capture(model)
     pair = picture_pair(SIZE)
     with torch.no_grad():
         expected = model.double()(*(x.double() for x in pair)).numpy()
@@ -96,7 +97,7 @@ class TestAgainstReference:
     @pytest.mark.filterwarnings("ignore")  # torch.compile's own, which differ by version
     def test_inductor(self, backend):
         model = tiny(steps=1, blocks=1)
-        program = fe.capture(model)
+        program = capture(model)
         pair = picture_pair((16, 16))
         with torch.no_grad():
             expected = model(*pair).numpy()

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fuseengine as fe
+from fuseengine.capture import capture
 from fuseengine.errors import CompileError
 from fuseengine.export.onnx import OPSET, UnsupportedLayerError, stage_to_onnx
 from fuseengine.models.layers import ResidualBlock, SkipGate
+from fuseengine.stages import ModelStages
 from tests.helpers import randomise, tiny
 
 
@@ -24,8 +25,15 @@ class Fn(nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, *inputs):
-        return self.function(*inputs)
+    def forward(self, x):
+        return self.function(x)
+
+
+class Crop(nn.Module):
+    """Cut to another picture's size, as the U-Net does after an up-step."""
+
+    def forward(self, x, y):
+        return x[:, :, : y.shape[2], : y.shape[3]] + y
 
 
 def session(model):
@@ -59,7 +67,7 @@ def write(module, inputs, **options):
 
 def compare(module, sizes, planes=(4,), *, atol=2e-6, batch=1, **options):
     """One dynamic model at several sizes."""
-    module = randomise(module)
+    module = randomise(nn.Sequential(module))  # as part of a network: alone it would be entered
     shapes = [[(batch, c, *size) for c in planes] for size in sizes]
     with torch.no_grad():
         model = write(module, [noise(*shape) for shape in shapes[0]], **options)
@@ -133,7 +141,7 @@ class TestLayers:
 
     def test_linear(self):
         for layer in (nn.Linear(4, 5), nn.Linear(4, 5, bias=False)):
-            module = randomise(layer)
+            module = randomise(nn.Sequential(layer))
             x = noise(2, 4)
             (made,) = session(write(module, [x])).run(None, {"in0": x.numpy()})
             np.testing.assert_allclose(made, module(x).detach().numpy(), rtol=0, atol=2e-6)
@@ -143,9 +151,7 @@ class TestLayers:
         compare(Fn(FUNCTIONS[name]), SIZES, batch=2)
 
     def test_crop_to_another_picture(self):
-        """What the U-Net does after an up-step: the size comes from the other input."""
-        crop = Fn(lambda x, y: x[:, :, : y.shape[2], : y.shape[3]] + y)
-        module, runner = crop.eval(), None
+        module, runner = Crop().eval(), None
         for size, smaller in (((6, 10), (5, 9)), ((8, 8), (7, 8))):
             x, y = noise(1, 4, *size), noise(1, 4, *smaller, seed=1)
             runner = runner or session(write(module, [x, y]))
@@ -169,7 +175,7 @@ class TestLayers:
 
     def test_group_norm_of_a_flat_picture(self):
         """Variance 0: eps decides, as in PyTorch; the one-pass form would give noise."""
-        module = randomise(nn.GroupNorm(2, 4))
+        module = randomise(nn.Sequential(nn.GroupNorm(2, 4)))
         x = noise(1, 4, 6, 8)
         runner = session(write(module, [x]))
         for flat in (torch.zeros(1, 4, 6, 8), torch.full((1, 4, 6, 8), 1000.0)):
@@ -181,7 +187,7 @@ class TestLayers:
 
     def test_group_norm_far_from_zero(self):
         """Raw thermal counts have a mean of 1500 sigmas: E[x^2] - E[x]^2 would lose everything."""
-        module = randomise(nn.GroupNorm(2, 4))
+        module = randomise(nn.Sequential(nn.GroupNorm(2, 4)))
         x = 30_000 + 20 * noise(1, 4, 40, 60)
         (made,) = session(write(module, [x])).run(None, {"in0": x.numpy()})
         expected = module.double()(x.double()).detach().numpy()
@@ -203,7 +209,7 @@ class TestUnknown:
     )
     def test_refused(self, module, message):
         with pytest.raises(UnsupportedLayerError, match=message):
-            write(module, [noise(1, 4, 6, 8)])
+            write(nn.Sequential(module), [noise(1, 4, 6, 8)])
         assert issubclass(UnsupportedLayerError, CompileError)
 
 
@@ -224,7 +230,9 @@ class TestNetworks:
     def test_skip_gate(self):
         compare(SkipGate(16), SIZES, planes=(16,))
 
-    @pytest.mark.parametrize(("use", "patch"), [(None, 1), (None, 2), ([0], 2), ([1], 1), ([1, 0], 2)])
+    @pytest.mark.parametrize(
+        ("use", "patch"), [(None, 1), (None, 2), ([0], 2), ([1], 1), ([1, 0], 2)]
+    )
     def test_whole_network(self, use, patch):
         """Sizes with odd halves: the crops must follow the size at run time."""
         model = tiny(patch=patch)
@@ -256,11 +264,9 @@ class TestNetworks:
         assert len(noise_only.graph.node) < 0.8 * len(both.graph.node)
 
     def test_every_node_is_needed_and_named(self):
-        program = fe.capture(tiny())
-        from fuseengine.stages import ModelStages
-
-        source = ModelStages(tiny(), program)
-        for variant in program.variants():
+        model = tiny()
+        source = ModelStages(model, capture(model))
+        for variant in source.program.variants():
             model = onnx.load_from_string(source.onnx(variant))
             onnx.checker.check_model(model, full_check=True)
             assert model.opset_import[0].version == OPSET == 18

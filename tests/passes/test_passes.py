@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import fuseengine as fe
+from fuseengine.capture import capture
 from fuseengine.models.observation import Blur, Downsample, Identity
 from fuseengine.passes import PASSES, freeze_time, narrow, prune, run_passes
 from tests.helpers import picture_pair, tiny
@@ -24,7 +24,7 @@ SETTINGS = {
 @pytest.fixture(params=SETTINGS, scope="module")
 def captured(request):
     model = tiny(**SETTINGS[request.param])
-    program = fe.capture(model, optimise=False)
+    program = capture(model, optimise=False)
     pair = picture_pair((16, 24))
     return model, program, pair, execute(program, model, pair)
 
@@ -59,7 +59,7 @@ class TestAll:
 class TestFreezeTime:
     def test_time_calls_become_constants(self):
         model = tiny()
-        program = fe.capture(model, optimise=False)
+        program = capture(model, optimise=False)
         frozen = freeze_time(program, model)
         assert [n.target for n in program.stage_calls()].count("time") == 3
         assert [n.target for n in frozen.stage_calls()] == ["unet"] * 3
@@ -74,14 +74,14 @@ class TestFreezeTime:
 
     def test_stages_that_see_the_picture_stay(self):
         model = staged(lambda self, a, b: self.net(a) + self.net(b))
-        program = fe.capture(model, optimise=False)
+        program = capture(model, optimise=False)
         assert freeze_time(program, model).nodes == program.nodes
 
 
 class TestPrune:
     def test_mask_of_the_last_step_is_dropped(self):
         model = tiny()
-        program = freeze_time(fe.capture(model, optimise=False), model)
+        program = freeze_time(capture(model, optimise=False), model)
         assert [n.outputs.count(None) for n in program.stage_calls()] == [0, 0, 0]
         pruned = prune(program, model)
         assert [n.outputs.count(None) for n in pruned.stage_calls()] == [0, 0, 1]
@@ -90,7 +90,7 @@ class TestPrune:
 
     def test_mask_is_kept_where_it_is_used(self):
         model = tiny(correct_last=True)
-        pruned = prune(fe.capture(model, optimise=False), model)
+        pruned = prune(capture(model, optimise=False), model)
         assert all(None not in n.outputs for n in pruned.stage_calls())
 
     def test_unread_calls_go(self):
@@ -99,7 +99,7 @@ class TestPrune:
             return self.net(a)
 
         model = staged(forward)
-        program = fe.capture(model, optimise=False)
+        program = capture(model, optimise=False)
         assert len(program.nodes) == 4
         pruned = prune(program, model)
         assert [n.inputs for n in pruned.nodes] == [("a",)]
@@ -109,7 +109,7 @@ class TestPrune:
 class TestNarrow:
     def test_slice_moves_before_the_last_step(self):
         model = tiny()
-        program = fe.capture(model, optimise=False)
+        program = capture(model, optimise=False)
         narrowed = narrow(program, model)
         before, after = ([n.target for n in p.nodes] for p in (program, narrowed))
         assert before[-3:] == ["ddim_step", "slice", "clamp"]
@@ -128,7 +128,7 @@ class TestNarrow:
 
         model = staged(forward)
         model.net = nn.Conv2d(2, 2, 1)
-        program = fe.capture(model, optimise=False)
+        program = capture(model, optimise=False)
         narrowed = narrow(program, model)
         targets = [n.target for n in narrowed.nodes]
         assert targets == ["concat", "net", "slice", "mul", "add", "div", "clamp"]
@@ -141,15 +141,15 @@ class TestNarrow:
             return x[:, 0:1] + x[:, 1:2]
 
         model = staged(forward)
-        program = fe.capture(model, optimise=False)
+        program = capture(model, optimise=False)
         assert narrow(program, model).nodes == program.nodes
 
     def test_joint_step_mixes_channels_and_stays(self):
         model = tiny(correct_last=True)
-        program = fe.capture(model, optimise=False)
+        program = capture(model, optimise=False)
         assert narrow(program, model).nodes == program.nodes
 
     def test_broadcasting_stays(self):
         model = staged(lambda self, a, b: (torch.cat([self.net(a), b], 1) * b)[:, :1])
-        program = fe.capture(model, optimise=False)
+        program = capture(model, optimise=False)
         assert narrow(program, model).nodes == program.nodes

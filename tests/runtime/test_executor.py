@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-import fuseengine as fe
 from fuseengine.backends.cuda_device import TorchDevice
+from fuseengine.capture import capture
 from fuseengine.engine import build_executor
 from fuseengine.errors import CaptureError
 from fuseengine.program import Node, Program, StageVariant, Value
@@ -181,7 +181,7 @@ class TestRun:
     def test_torch_device_gives_the_same_picture(self, settings):
         """What a GPU runs, but for the graph: torch tensors as buffers."""
         model, pair = tiny(**settings), picture_pair((16, 24))
-        program = fe.capture(model)
+        program = capture(model)
         choice = dict.fromkeys(program.variants(), ("torch", "fp32"))
         source = ModelStages(model, program)
         executor = build_executor(program, source, choice, (16, 24), "cpu", 1)
