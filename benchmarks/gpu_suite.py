@@ -54,6 +54,7 @@ class Part:
         limit_s: time limit.
         least_s: not started with less time left.
         skip: why it is not run; "" when it is.
+        check: what its output must hold; tests that were all skipped are no success.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Part:
     limit_s: float
     least_s: float = 15
     skip: str = ""
+    check: str = ""
 
 
 @dataclasses.dataclass
@@ -116,9 +118,10 @@ def parts(args: argparse.Namespace) -> list[Part]:
     pytest += ["-rfEs", "--import-mode=importlib"]
     quick = ["--peers", _QUICK_PEERS]
     tests = ["tests/gpu", "--ignore", "tests/gpu/test_inductor.py"]
+    passed = "skipped" if dry else " passed"
     tests += [] if dry else ["tests/backends/test_cuda_device.py"]
     plan = [
-        Part("tests", [*pytest, *tests], 150),
+        Part("tests", [*pytest, *tests], 150, check=passed),
         benchmark("drfusion-s", _VGA, [], limit_s=170, dry=dry),
     ]
     if args.train:
@@ -126,12 +129,14 @@ def parts(args: argparse.Namespace) -> list[Part]:
     for model, size in (("drfusion", _VGA), ("drfusion-m", _VGA), ("drfusion-s", _HD)):
         plan.append(benchmark(model, size, quick, limit_s=75, dry=dry))
     full = ["--effort", "full", "--precision-rows", "auto", "--peers", "graph-fp16"]
+    full += ["--out", "{work}/results/full"]  # the same model and size as above
     plan.append(
         benchmark("drfusion-s", _VGA, full, limit_s=150, name="drfusion-s full effort", dry=dry)
     )
     for model in ("drfusion-m", "drfusion"):
         plan.append(benchmark(model, _HD, quick, limit_s=75, dry=dry))
-    plan.append(Part("tests of inductor", [*pytest, "tests/gpu/test_inductor.py"], 150, 60))
+    words = [*pytest, "tests/gpu/test_inductor.py"]
+    plan.append(Part("tests of inductor", words, 150, 60, check=passed))
     if dry:
         for part in plan:
             if part.name.startswith(("drfusion ", "drfusion-m ")) or "full effort" in part.name:
@@ -424,7 +429,8 @@ def _run(args: argparse.Namespace, suite: Suite) -> None:
         elif left < part.least_s:
             suite.skip(part.name, f"{max(left, 0):.0f} s left of {args.budget:.0f} s (--budget)")
         else:
-            suite.run(part.name, [python or "", *part.command], min(part.limit_s, left))
+            words = [python or "", *part.command]
+            suite.run(part.name, words, min(part.limit_s, left), check=part.check)
         suite.write()
 
 

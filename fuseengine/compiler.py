@@ -101,7 +101,9 @@ def compile(
         if found is not None:
             return _timed(found, begin)
         usable = bool(key)
-    choice, report = search(program, stages, settings, check_pairs(program, settings, examples))
+    choice, report, executor = search(
+        program, stages, settings, check_pairs(program, settings, examples)
+    )
     if usable:
         cached_engine.store(key, program, stages, choice, report)
     engine = Engine(
@@ -112,6 +114,7 @@ def compile(
         size=settings.size,
         device=settings.device,
         threads=settings.threads,
+        ready=executor,
     )
     return _timed(engine, begin)
 

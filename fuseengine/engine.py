@@ -47,11 +47,13 @@ class Engine:
         size: tuple[int, int] | None,
         device: str,
         threads: int,
+        ready: Executor | None = None,
     ) -> None:
         self.program, self.report = program, report
         self.size, self.device, self.threads = size, device, threads
         self._source, self._choice = source, dict(choice)
         self._plans: OrderedDict[tuple[int, int], tuple[FrameAdapter, Executor]] = OrderedDict()
+        self._ready = ready
         self._lock = threading.Lock()
         if size is not None:
             self._plan(size)
@@ -180,18 +182,22 @@ class Engine:
         plan = self._plans.get(size)
         if plan is None:
             adapter = FrameAdapter(size, self.program.channels, self.program.multiple)
-            # Sizes that pad to the same one share an executor: lowering is what costs.
-            executor = next(
-                (e for a, e in self._plans.values() if a.padded == adapter.padded), None
-            ) or build_executor(
-                self.program, self._source, self._choice, adapter.padded, self.device, self.threads
-            )
-            plan = adapter, executor
+            plan = adapter, self._executor(adapter.padded)
             self._plans[size] = plan
             while len(self._plans) > _SIZES_KEPT:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(size)
         return plan
+
+    def _executor(self, padded: tuple[int, int]) -> Executor:
+        # Sizes that pad to the same one share an executor: lowering is what costs.
+        ready, self._ready = self._ready, None
+        for executor in (ready, *(executor for _, executor in self._plans.values())):
+            if executor is not None and executor.size == padded:
+                return executor
+        return build_executor(
+            self.program, self._source, self._choice, padded, self.device, self.threads
+        )
 
 
 def build_executor(
@@ -222,13 +228,13 @@ def build_executor(
         runners[variant] = BACKENDS[backend].lower(
             source, variant, shapes, precision=precision, device=device, threads=threads
         )
-    return Executor(program, size, runners, make_device(device))
+    return Executor(program, size, runners, make_device(device, threads))
 
 
-def make_device(device: str) -> Device:
-    """The executor's device: "cpu" or "cuda"."""
+def make_device(device: str, threads: int) -> Device:
+    """The executor's device: "cpu", whose native ops use so many threads, or "cuda"."""
     if device == "cpu":
-        return CpuDevice()
+        return CpuDevice(threads)
     from fuseengine.backends.cuda_device import TorchDevice
 
     return TorchDevice(device)

@@ -72,7 +72,7 @@ class _Trial:
 
 def search(
     program: Program, stages: ModelStages, settings: Settings, pairs: list[Pair]
-) -> tuple[Choice, Report]:
+) -> tuple[Choice, Report, Executor]:
     """Find the fastest lowering inside the guard.
 
     Args:
@@ -82,7 +82,8 @@ def search(
         pairs: model inputs to check and time on, see :func:`check_pairs`.
 
     Returns:
-        Backend and precision per stage variant, and the record of what was tried.
+        Backend and precision per stage variant, the record of what was tried, and the executor that
+        was measured, for the engine to go on with.
 
     Raises:
         CompileError: no candidate could be lowered and passed the guard.
@@ -112,7 +113,7 @@ def search(
             f"(backend={settings.backend!r}, precision={settings.precision!r}, guard "
             f"{settings.guard_db} dB): {shown}. Ask for less, or lower guard_db if that is meant."
         )
-    choice, psnr, error = _choose(program, stages, settings, trials, pairs, references)
+    choice, psnr, error, executor = _choose(program, stages, settings, trials, pairs, references)
     kept = set(choice.values())
     report = Report(
         model=program.model,
@@ -128,7 +129,7 @@ def search(
         seconds=0.0,
         threads=settings.threads,
     )
-    return choice, report
+    return choice, report, executor
 
 
 def _reference(
@@ -150,9 +151,14 @@ def _reference(
             begin = time.perf_counter()
             result = model(*(torch.from_numpy(x).to(device) for x in pair))
             fused.append(result.float().cpu().numpy())
-            elapsed = (time.perf_counter() - begin) * 1e3
+            elapsed = time.perf_counter() - begin
+        if elapsed < _QUICK_SECONDS:
+            # Cheap enough to time once more, now that everything has been set up.
+            begin = time.perf_counter()
+            model(*(torch.from_numpy(x).to(device) for x in pairs[-1])).cpu()
+            elapsed = time.perf_counter() - begin
     model.train(training)
-    return fused, elapsed
+    return fused, elapsed * 1e3
 
 
 def _candidates(
@@ -205,19 +211,23 @@ def _try(
     psnr, error = _errors(executor, pairs, references)
     runs = 20
     if settings.effort == "quick":
-        begin = time.perf_counter()
-        executor.run()
-        executor.device.synchronize()
-        once = time.perf_counter() - begin
-        runs = min(5, max(1, round(_QUICK_SECONDS / once)))
-    timings = executor.profile(runs)
+        runs = min(5, max(1, round(_QUICK_SECONDS * 1e3 / _whole(executor))))
     # The minimum is the least disturbed on a shared machine; ratios are what counts here.
     times: dict[StageVariant, float] = {}
-    for timing in timings:
+    for timing in executor.profile(runs):
         if timing.variant is not None:
             times[timing.variant] = times.get(timing.variant, 0.0) + float(timing.samples.min())
-    total = sum(float(timing.samples.min()) for timing in timings)
+    total = min(_whole(executor) for _ in range(runs))
     return _Trial(backend, precision, executor, times, total, psnr, error)
+
+
+def _whole(executor: Executor) -> float:
+    """Milliseconds of one run of the program as frames run it (on a GPU: the captured graph)."""
+    executor.device.synchronize()
+    begin = time.perf_counter()
+    executor.run()
+    executor.device.synchronize()
+    return (time.perf_counter() - begin) * 1e3
 
 
 def _errors(
@@ -235,12 +245,12 @@ def _errors(
         fused = fused if isinstance(fused, np.ndarray) else fused.cpu().numpy()
         difference = fused.astype(np.float64) - reference
         square = float((difference**2).mean())
-        # A picture of NaN has no error; it is refused by the comparison in _refusal.
-        psnr = min(psnr, -10 * np.log10(square)) if square != 0 else min(psnr, 200.0)
-        error = max(error, float(np.abs(difference).max()))
         if not np.isfinite(square):
             return float("-inf"), float("inf")
-    return float(psnr), error
+        # Equal pictures have no PSNR; 200 dB stands for it.
+        psnr = min(psnr, -10 * float(np.log10(square)) if square else 200.0)
+        error = max(error, float(np.abs(difference).max()))
+    return psnr, error
 
 
 def _refusal(trial: _Trial, settings: Settings) -> str:
@@ -259,7 +269,7 @@ def _choose(
     trials: list[_Trial],
     pairs: list[Pair],
     references: list[NDArray[np.float32]],
-) -> tuple[dict[StageVariant, tuple[str, str]], float, float]:
+) -> tuple[dict[StageVariant, tuple[str, str]], float, float, Executor]:
     """The fastest backend per variant; the fastest single one if that mixture misses the guard."""
     whole = min(trials, key=lambda trial: trial.total)
     uniform = dict.fromkeys(program.variants(), (whole.backend, whole.precision))
@@ -271,15 +281,15 @@ def _choose(
         trial = best if clear else whole
         mixed[variant] = (trial.backend, trial.precision)
     if mixed == uniform:
-        return uniform, whole.psnr, whole.error
+        return uniform, whole.psnr, whole.error, whole.executor
     size = pairs[0][0].shape[2:]
     executor = build_executor(
         program, stages, mixed, (size[0], size[1]), settings.device, settings.threads
     )
     psnr, error = _errors(executor, pairs, references)
     if psnr >= settings.guard_db and error <= settings.max_error:
-        return mixed, psnr, error
-    return uniform, whole.psnr, whole.error
+        return mixed, psnr, error, executor
+    return uniform, whole.psnr, whole.error, whole.executor
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fuseengine import _native
 from fuseengine.program import Node, Program, StageVariant, resolve
 from fuseengine.runtime import ops
 
@@ -50,7 +51,15 @@ class Device(Protocol):
 
 
 class CpuDevice:
-    """NumPy arrays and the project's native ops."""
+    """NumPy arrays and the project's native ops.
+
+    Args:
+        threads: that native ops may use (process-wide, as in every such library); None leaves it.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        if threads is not None:
+            _native.set_num_threads(threads)
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """A float32 array; 64-byte aligned, as runtimes like it."""
