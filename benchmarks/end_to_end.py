@@ -38,7 +38,7 @@ from benchmarks.harness import (
     slug,
 )
 from benchmarks.peers import Case, Contender, Engines, Ready
-from fuseengine.errors import FuseEngineError
+from fuseengine.errors import FuseEngineError, UnknownNameError
 from fuseengine.runtime.frames import FrameAdapter
 
 if TYPE_CHECKING:
@@ -302,6 +302,10 @@ def _result(
             "the exported ONNX file and FuseEngine from its warm cache, without PyTorch unless "
             "they need it; torch.compile's holds its compilation."
         )
+    if any(row.contender.key in peers.RUNTIME_PEERS for row in rows):
+        result.notes.append(
+            "compile s: the export to ONNX is in the number of the first runtime that needed it."
+        )
     if case.untrained:
         result.notes.append("The weights are random: times hold, pictures mean nothing.")
     return result
@@ -479,6 +483,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="torch")
     try:
         result = run(args)
+    except UnknownNameError as error:
+        made.exit(2, f"{made.prog}: {error}; --untrained measures one with random weights\n")
     except FuseEngineError as error:
         made.exit(2, f"{made.prog}: {error}\n")
     print(result.table())

@@ -111,6 +111,8 @@ def stage_to_onnx(
         UnsupportedLayerError: a layer has no ONNX form here, and ``fallback`` is False.
     """
     writer = OnnxWriter()
+    if type(module) in _LAYERS:
+        module = nn.Sequential(module)  # tracing enters the root; inside, a layer is one node
     try:
         graph = fx.Tracer().trace(module)
         results = _Lowering(writer, module, [n for n, _ in inputs]).run(graph)
@@ -456,6 +458,9 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.pixel_unshuffle: _space_to_depth,
     F.pixel_shuffle: _depth_to_space,
     torch.sigmoid: lambda w, x: w.add("Sigmoid", x),
+    torch.tanh: lambda w, x: w.add("Tanh", x),
+    torch.maximum: _binary("Max"),
+    torch.minimum: _binary("Min"),
     torch.cat: _concat,
     operator.add: _binary("Add"),
     operator.sub: _binary("Sub"),
@@ -467,4 +472,5 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     "amax": _reduce("ReduceMax"),
     "clamp": _clamp,
     "sigmoid": lambda w, x: w.add("Sigmoid", x),
+    "tanh": lambda w, x: w.add("Tanh", x),
 }
