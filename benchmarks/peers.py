@@ -212,8 +212,10 @@ def torch_peer(
     import torch
 
     torch.set_num_threads(case.threads)
-    # Under autocast stages give half types, which the CPU form of our ops does not mix.
-    module = plain(model) if compile_mode or dtype else copy.deepcopy(model).eval()
+    # The model's own forward reads its learned schedule back from the device, which a graph cannot
+    # hold, and under autocast it gives our ops two dtypes at once.
+    simple = compile_mode or graph or dtype
+    module = plain(model) if simple else copy.deepcopy(model).eval()
     if channels_last:
         module = module.to(memory_format=torch.channels_last)
     if compile_mode:
@@ -223,6 +225,8 @@ def torch_peer(
 
     def run() -> None:
         with torch.inference_mode(), rounding(tf32), contextlib.ExitStack() as stack:
+            if compile_mode and case.device == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
             if dtype:
                 stack.enter_context(torch.autocast(case.device, getattr(torch, dtype)))
             last[:] = [module(*given)]

@@ -48,6 +48,9 @@ def compile(
     the float32 eager model's, and the fastest inside the guard is kept. What was tried is in
     ``engine.report`` and in the log.
 
+    Capturing patches ``torch.nn.Module`` for a moment: do not run PyTorch models in other threads
+    meanwhile.
+
     Args:
         model: a :class:`~fuseengine.models.base.FusionModel`, any module with
             ``forward(a, b) -> fused``, or the name of a packaged model (which, once its engine is
@@ -168,8 +171,8 @@ def _resolve(
 
 def _cuda_at_hand() -> bool:
     # Importing PyTorch takes a second: only where a driver shows a device.
-    nodes = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")
-    if os.name == "posix" and not any(Path(node).exists() for node in nodes):
+    nodes = ("nvidia[0-9]*", "nvhost-gpu", "nvgpu", "dxg")
+    if os.name == "posix" and not any(any(Path("/dev").glob(node)) for node in nodes):
         return False
     try:
         import torch

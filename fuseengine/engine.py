@@ -195,9 +195,15 @@ class Engine:
         for executor in (ready, *(executor for _, executor in self._plans.values())):
             if executor is not None and executor.size == padded:
                 return executor
-        return build_executor(
+        executor = build_executor(
             self.program, self._source, self._choice, padded, self.device, self.threads
         )
+        if self.device != "cpu" or any(
+            backend == "inductor" for backend, _ in self._choice.values()
+        ):
+            # Graphs are captured and kernels compiled by the first run: not in a user's frame.
+            executor.run()
+        return executor
 
 
 def build_executor(

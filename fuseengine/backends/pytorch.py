@@ -82,7 +82,7 @@ class _Runner:
         made = [_tensor(array) for array in outputs]
         module, use, dtype = self.module, self.use, self.dtype
         # PyTorch's own default lets cuDNN round float32 to TF32; here float32 means float32.
-        rounding = {"enabled": True, "allow_tf32": self.tf32}
+        rounding = {"enabled": True, "benchmark": True, "allow_tf32": self.tf32}
 
         def call() -> None:
             with torch.inference_mode(), torch.backends.cudnn.flags(**rounding):

@@ -102,6 +102,29 @@ def test_preparing_has_a_deadline():
     assert time.monotonic() - begin < 10
 
 
+def test_slow_compilers_cannot_take_the_time_of_the_others():
+    order = []
+
+    def slow():
+        order.append("compile")
+        time.sleep(30)
+
+    def quick():
+        order.append("fuseengine")
+        return Ready(lambda: None, lambda: REFERENCE)
+
+    contenders = [
+        contender(None, key="compile", prepare=slow),
+        contender(None, key="compile-fp16", prepare=slow),
+        contender(None, key="fuseengine-fp32", prepare=quick),
+    ]
+    rows = end_to_end.prepare(contenders, REFERENCE, FRAME, 0.5)
+    assert order == ["fuseengine", "compile"]
+    assert [row.contender.key for row in rows] == [c.key for c in contenders]
+    assert "not ready after" in rows[0].error and "are spent" in rows[1].error
+    assert rows[2].ready is not None
+
+
 def test_missing_package_is_named():
     with pytest.raises(peers.MissingPackageError, match="no_such_runtime is not installed"):
         peers.need("no_such_runtime")
@@ -136,10 +159,13 @@ def test_best_peer_is_the_fastest_of_its_precision_and_never_ourselves():
 
 
 def test_a_loss_is_called_slower():
-    rows, samples = rows_and_samples(eager=9, openvino=5, openvino_bf16=3, fuseengine_fp32=4)
-    first, second = end_to_end.reading(rows, samples)
-    assert "openvino: faster, 0.800" in first
-    assert "openvino-bf16: slower, 1.333" in second
+    rows, samples = rows_and_samples(
+        eager=9, openvino=5, openvino_bf16=3, fuseengine_fp32=6, fuseengine_bf16=4
+    )
+    exact, reduced, any_precision = end_to_end.reading(rows, samples)
+    assert "openvino: slower, 1.200" in exact
+    assert "openvino: faster, 0.800" in reduced
+    assert "openvino-bf16: slower, 1.333" in any_precision
 
 
 def test_the_command_of_a_result_says_nothing_of_where_it_went():
@@ -164,6 +190,15 @@ def test_model_without_weights_asks_for_untrained(capsys):
         end_to_end.main(["drfusion", "--peers", "none", "--no-memory"])
     assert stopped.value.code == 2
     assert "untrained" in capsys.readouterr().err
+
+
+def test_a_missing_gpu_is_said(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(SystemExit) as stopped:
+        end_to_end.main(["drfusion-s", "--untrained", "--device", "cuda"])
+    assert stopped.value.code == 2
+    assert "--device cpu" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

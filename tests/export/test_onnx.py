@@ -130,7 +130,6 @@ FUNCTIONS = {
     "new axes": lambda x: x[:, :, 0:1, 0:1][:, :, None].mean(2),
     "concat": lambda x: torch.cat([x, x * 2.0], dim=1),
     "concat from the end": lambda x: torch.cat([x, x], -1),
-    "pixel shuffle": lambda x: F.pixel_shuffle(x, 2),
 }
 
 
@@ -149,6 +148,10 @@ class TestLayers:
     @pytest.mark.parametrize("name", FUNCTIONS)
     def test_function(self, name):
         compare(Fn(FUNCTIONS[name]), SIZES, batch=2)
+
+    def test_pixel_shuffle(self):
+        """Several channels: only then do the two orders of depth to space differ."""
+        compare(Fn(lambda x: F.pixel_shuffle(x, 2)), SIZES, planes=(8,))
 
     def test_crop_to_another_picture(self):
         module, runner = Crop().eval(), None
