@@ -23,7 +23,7 @@ class OneNetwork(nn.Module):
 
 
 class Iterated(fe.FusionModel):
-    """Named stages make the loop around them a program: one network, lowered once, called thrice."""
+    """Named stages make the loop a program: one network, lowered once, called thrice."""
 
     stages = ("net",)
 

@@ -252,6 +252,9 @@ class _Unshuffled:
 
 def _conv_on_blocks(w: OnnxWriter, layer: nn.Conv2d, path: str, x: _Unshuffled) -> str:
     """A k x k convolution over p x p blocks as channels = a kp x kp convolution with stride p."""
+    plain = layer.stride == (1, 1) and layer.dilation == (1, 1) and layer.groups == 1
+    if not plain or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise UnsupportedLayerError("pixel_unshuffle before a convolution with other settings")
     p = x.factor
     out, channels, rows, columns = layer.weight.shape
     weight = layer.weight.detach().reshape(out, channels // p**2, p, p, rows, columns)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from fuseengine.errors import FuseEngineError
 
 if TYPE_CHECKING:
-    from fuseengine.capture import capture
     from fuseengine.compiler import compile
     from fuseengine.demo import demo_pair
     from fuseengine.engine import Engine
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from fuseengine.models.registry import build, load_model, model_names
     from fuseengine.program import Program
     from fuseengine.runtime.images import read_image, write_image
+    from fuseengine.tracing import capture
     from fuseengine.zoo import packaged_models
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _HOMES = {
     "FusionModel": "models.base",
     "Program": "program",
     "build": "models.registry",
-    "capture": "capture",
+    "capture": "tracing",
     "compile": "compiler",
     "demo_pair": "demo",
     "load_checkpoint": "models.checkpoint",

@@ -75,19 +75,28 @@ def key_of(settings: Mapping[str, Any]) -> str:
 def load(key: str) -> dict[str, bytes] | None:
     """The files of an entry by name, or None when there is none.
 
-    A damaged entry (a hash that does not fit) is removed and counts as none.
+    A damaged entry (a file lost, a hash that does not fit) is removed and counts as none.
     """
     folder = cache_folder() / key
+    if not folder.is_dir():
+        return None
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         files = {name: (folder / name).read_bytes() for name in index}
-    except (OSError, ValueError):
+        whole = files and all(
+            hashlib.sha256(content).hexdigest() == index[name] for name, content in files.items()
+        )
+    except (OSError, ValueError, TypeError):
+        whole = False
+    if not whole:
+        discard(key)
         return None
-    for name, content in files.items():
-        if hashlib.sha256(content).hexdigest() != index[name]:
-            shutil.rmtree(folder, ignore_errors=True)
-            return None
     return files
+
+
+def discard(key: str) -> None:
+    """Remove an entry, so that the next one can take its place."""
+    shutil.rmtree(cache_folder() / key, ignore_errors=True)
 
 
 def store(key: str, files: Mapping[str, bytes]) -> None:

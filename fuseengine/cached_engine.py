@@ -105,6 +105,7 @@ def load(key: str, settings: Settings, make: Callable[[], nn.Module]) -> Engine 
                 networks[variant] = files[file]
     except (KeyError, ValueError, TypeError, CaptureError) as error:
         log.warning("cache entry %s is unreadable (%r) and compiled again", key, error)
+        cache.discard(key)
         return None
     return Engine(
         program,

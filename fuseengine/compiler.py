@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import time
 from collections.abc import Sequence
@@ -96,6 +97,11 @@ def compile(
         _need_torch(name)
         model = load()
         program, stages = _captured(model)
+    elif not callable(getattr(model, "forward", None)):
+        raise SettingError(
+            f"model: got a {type(model).__name__}; expected a torch.nn.Module with "
+            "forward(a, b) -> fused, or the name of a packaged model"
+        )
     else:
         program, stages = _captured(model)
         captured = model
@@ -147,9 +153,15 @@ def _resolve(
         if given not in known:
             raise UnknownNameError(kind, given, known)
     if size is not None:
-        if len(size) != 2 or min(size) < 2 or any(int(n) != n for n in size):
-            raise SettingError(f"size={size!r}; expected (height, width), each at least 2")
-        size = int(size[0]), int(size[1])
+        try:
+            height, width = (operator.index(n) for n in size)
+        except (TypeError, ValueError):
+            height = width = 0
+        if min(height, width) < 2:
+            raise SettingError(
+                f"size={size!r}; expected (height, width), two integers of at least 2"
+            )
+        size = height, width
     if threads is not None and threads < 1:
         raise SettingError(f"threads={threads}; expected a number >= 1, or None for all")
     if not guard_db > 0 or not max_error > 0:
@@ -192,7 +204,7 @@ def _need_torch(name: str) -> None:
 
 
 def _captured(model: nn.Module) -> tuple[Program, ModelStages]:
-    from fuseengine.capture import capture
+    from fuseengine.tracing import capture
 
     program = capture(model)
     return program, ModelStages(model, program)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fuseengine.backends import BACKENDS, StageSource
-from fuseengine.errors import SizeMismatchError
+from fuseengine.errors import FrameError, SettingError, SizeMismatchError
 from fuseengine.program import Program, StageVariant, resolve
 from fuseengine.report import Profile, Report
 from fuseengine.runtime.executor import CpuDevice, Device, Executor, StageRunner
@@ -74,8 +74,8 @@ class Engine:
                 [0, 1]; NumPy, torch or anything with DLPack. See
                 :func:`fuseengine.runtime.frames.prepare_pair` for all that is taken.
             visible: likewise; RGB or grey.
-            out: for a single NumPy pair: where to write, of the visible frame's shape and dtype.
-                By default every call gives a new array that the caller owns.
+            out: for one NumPy pair: where to write, of the visible frame's shape and dtype. By
+                default every call gives a new array that the caller owns.
             resize: "infrared" resamples the infrared frame to the visible frame's size.
             infrared_range: (lo, hi) or "minmax": what maps to 0..1, for thermal counts.
 
@@ -94,14 +94,15 @@ class Engine:
                 f"{self.size[0]}x{self.size[1]}, for which this engine was compiled; compile one "
                 "for their size, or with size=None for any size"
             )
-        results = []
+        if out is not None:
+            _check_out(out, visible, len(pair))
         with self._lock:
             adapter, executor = self._plan(pair.size)
-            for ir, vis in pair:
-                results.append(self._fuse(adapter, executor, ir, vis, out))
-        if out is not None and len(results) == 1 and results[0] is out:
-            return out
-        return pair.restore(results)
+            results = [self._fuse(adapter, executor, ir, vis) for ir, vis in pair]
+        if out is None:
+            return pair.restore(results)
+        out[...] = pair.restore(results)
+        return out
 
     def profile(self, runs: int = 20, size: tuple[int, int] | None = None) -> Profile:
         """Time the engine's parts on a synthetic pair.
@@ -112,7 +113,12 @@ class Engine:
 
         Returns:
             p50, p90 and p99 of frames in, every stage and op, frames out, and the whole call.
+
+        Raises:
+            SettingError: runs below 1.
         """
+        if runs < 1:
+            raise SettingError(f"runs={runs}; expected a number >= 1")
         size = size or self.size or self.report.size
         rng = np.random.default_rng(0)
         ir = rng.integers(0, 256, size, dtype=np.uint8)
@@ -137,7 +143,7 @@ class Engine:
                 into[run] = time.perf_counter() - start
                 nodes.append(executor.run_timed())
                 start = time.perf_counter()
-                fused = self._store(adapter, executor, vis, None)
+                fused = self._store(adapter, executor, vis)
                 out_of[run] = time.perf_counter() - start
             pair.restore([fused])
             whole[run] = time.perf_counter() - begin
@@ -152,12 +158,10 @@ class Engine:
     def __repr__(self) -> str:
         return f"<Engine {self.report.summary()}>"
 
-    def _fuse(
-        self, adapter: FrameAdapter, executor: Executor, ir: Any, vis: Any, out: Any | None
-    ) -> Any:
+    def _fuse(self, adapter: FrameAdapter, executor: Executor, ir: Any, vis: Any) -> Any:
         self._load(adapter, executor, ir, vis)
         executor.run()
-        return self._store(adapter, executor, vis, out)
+        return self._store(adapter, executor, vis)
 
     def _load(self, adapter: FrameAdapter, executor: Executor, ir: Any, vis: Any) -> None:
         a, b = executor.inputs
@@ -169,14 +173,14 @@ class Engine:
         a.copy_(host_a, non_blocking=True)
         b.copy_(host_b, non_blocking=True)
 
-    def _store(self, adapter: FrameAdapter, executor: Executor, vis: Any, out: Any | None) -> Any:
+    def _store(self, adapter: FrameAdapter, executor: Executor, vis: Any) -> Any:
         fused = executor.output
         if self.device != "cpu":
             (host,) = executor.device.staging([fused])  # type: ignore[attr-defined]
             host.copy_(fused, non_blocking=True)
             executor.device.synchronize()
             fused = host.numpy()
-        return adapter.store(fused, vis, out)
+        return adapter.store(fused, vis)
 
     def _plan(self, size: tuple[int, int]) -> tuple[FrameAdapter, Executor]:
         plan = self._plans.get(size)
@@ -204,6 +208,21 @@ class Engine:
             # Graphs are captured and kernels compiled by the first run: not in a user's frame.
             executor.run()
         return executor
+
+
+def _check_out(out: Any, visible: Any, pairs: int) -> None:
+    if not isinstance(out, np.ndarray) or not isinstance(visible, np.ndarray):
+        raise FrameError(
+            f"out: got a {type(out).__name__} for a {type(visible).__name__} visible frame; "
+            "expected NumPy arrays, the only kind that out= takes"
+        )
+    if pairs != 1 or out.shape != visible.shape or out.dtype != visible.dtype:
+        raise FrameError(
+            f"out: got {out.dtype} {out.shape}, expected {visible.dtype} {visible.shape} like the "
+            f"visible frame, and one pair (got {pairs}); leave out= away for batches"
+        )
+    if not out.flags.writeable:
+        raise FrameError("out: got a read-only array; expected one that can be written")
 
 
 def build_executor(

@@ -180,13 +180,15 @@ class Program:
                     for node in data["nodes"]
                 ),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CaptureError(f"not a program: {error!r}") from error
         program.check()
         return program
 
     def check(self) -> None:
         """Raise CaptureError unless every value is made once and before it is used."""
+        if len(self.inputs) != 2 or any(name not in self.values for name in self.inputs):
+            raise CaptureError(f"inputs {self.inputs}; expected two values of the program")
         made = {*self.inputs, *self.constants}
         for node in self.nodes:
             for name in node.inputs:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fuseengine.errors import SettingError
 from fuseengine.kernels._library import needs_reference, register
 
 
@@ -49,10 +50,17 @@ def ddim_step(
 
     Returns:
         x_{t-1}, x's shape and dtype.
+
+    Raises:
+        SettingError: x and eps differ in shape.
     """
     scales = (sqrt_abar, sqrt_one_minus_abar, sqrt_abar_prev, sqrt_one_minus_abar_prev)
     if has_torch_function((x, eps)):
         return handle_torch_function(ddim_step, (x, eps), x, eps, *scales)
+    if x.shape != eps.shape:
+        raise SettingError(
+            f"x {tuple(x.shape)}, eps {tuple(eps.shape)}; expected equal shapes: expand eps"
+        )
     if any(isinstance(s, Tensor) for s in scales) or needs_reference(x, eps):
         return ddim_step_reference(x, eps, *scales)
     return torch.ops.fuse.ddim_step(x, eps, *scales)

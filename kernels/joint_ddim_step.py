@@ -111,7 +111,7 @@ def _general(x, eps, mask, y1, y2, a, b, c, d, lam, form):
 
 
 def _cpu(x, eps, mask, y1, y2, a, b, c, d, lam, form):
-    if x.dtype != torch.float32:
+    if any(t.dtype != torch.float32 for t in (x, eps, mask, y1, y2)):
         return _general(x, eps, mask, y1, y2, a, b, c, d, lam, form)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     arrays = (t.contiguous().numpy() for t in (x, eps, mask, y1, y2))

@@ -182,7 +182,7 @@ class TestStore:
         assert entries(folder) == ["key"]
 
     def test_default_place(self, monkeypatch, tmp_path):
-        monkeypatch.delenv("FUSEENGINE_CACHE")
+        monkeypatch.delenv("FUSEENGINE_CACHE", raising=False)
         monkeypatch.setattr(Path, "home", lambda: tmp_path)
         assert cache_store.cache_folder() == tmp_path / ".cache" / "fuseengine"
         assert entries(tmp_path) == []  # asking does not create it

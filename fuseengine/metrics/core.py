@@ -120,9 +120,10 @@ def evaluate(
         UnknownNameError: unknown metric.
     """
     shapes = [np.shape(x) for x in (fused, a, b)]
-    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+    if len(set(shapes)) != 1 or len(shapes[0]) != 2 or min(shapes[0]) < 2:
         raise FrameError(
-            f"fused {shapes[0]}, a {shapes[1]}, b {shapes[2]}; expected three (H, W) of one size"
+            f"fused {shapes[0]}, a {shapes[1]}, b {shapes[2]}; expected three (H, W) of one size, "
+            "at least 2x2"
         )
     keys = list(METRICS if metrics is None else metrics)
     for key in keys:

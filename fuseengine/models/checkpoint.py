@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ def load_checkpoint(
     Raises:
         CheckpointError: unreadable or unsafe file; missing, unknown or misshapen entries (listed).
     """
+    if not isinstance(source, (str, Path, Mapping)):
+        raise CheckpointError(
+            f"source: got a {type(source).__name__}; expected a path, or a mapping of names to "
+            "tensors"
+        )
     entries = _tensors(_read(Path(source)) if isinstance(source, (str, Path)) else source)
     own = model.state_dict()
     names = _own_names(model, set(own), entries)
@@ -85,12 +91,18 @@ def _read(path: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        refused = re.search(
+            r"unsupported (?:global|class|operand)[^\n]*", str(error), re.IGNORECASE
+        )
+        if refused is None:
+            raise CheckpointError(f"{path}: not a readable PyTorch checkpoint") from error
+        reason = refused.group()
         raise CheckpointError(
             f"{path}: refused, because reading it would run code from the file ({reason}); "
             "expected tensors only: save its state_dict again with torch.save or as safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # A damaged file makes torch.load raise almost anything.
         raise CheckpointError(f"{path}: not a readable PyTorch checkpoint ({error})") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(

@@ -229,10 +229,10 @@ class DRFusion(FusionModel):
                 "update='code' knows identity operators only (the official code has no others); "
                 "use update='paper' with degradation operators"
             )
-        if steps < 1 or width % groups or patch < 1:
+        if min(steps, width, groups, blocks, patch) < 1 or width % groups:
             raise SettingError(
-                f"steps={steps}, width={width}, groups={groups}, patch={patch}; expected "
-                "steps >= 1, groups dividing width, patch >= 1"
+                f"steps={steps}, width={width}, groups={groups}, blocks={blocks}, patch={patch}; "
+                "expected each >= 1, and groups to divide width"
             )
         self.steps, self.update = steps, update
         self.correct_last = correct_last or update == "paper"

@@ -67,10 +67,9 @@ class TimeShifts(nn.Module):
         self.project = nn.ModuleList(nn.Linear(hidden, width) for width in widths)
 
     def forward(self, t: Tensor | float) -> Tensor:
-        """Shifts (N, sum of widths) for timesteps t (N,); a number stands for N = 1."""
+        """Shifts (N, sum of widths) for timesteps t (N,); a number or 0-d t stands for N = 1."""
         weight = self.embed[0].weight
-        if not isinstance(t, Tensor):
-            t = weight.new_full((1,), float(t))
+        t = t.reshape(-1) if isinstance(t, Tensor) else weight.new_full((1,), float(t))
         embedding = self.embed(timestep_embedding(t, self.features).to(weight.dtype))
         active = F.silu(embedding)
         return torch.cat([project(active) for project in self.project], dim=-1)

@@ -36,6 +36,6 @@ def freeze_time(program: Program, model: nn.Module) -> Program:
         results = result if isinstance(result, (tuple, list)) else (result,)
         for name, tensor in zip(node.outputs, results, strict=True):
             if name is not None:
-                constants[name] = np.ascontiguousarray(tensor.float().numpy())
+                constants[name] = np.array(tensor.float().numpy(), order="C")
                 values[name] = Value(name, tuple(tensor.shape))
     return program.with_nodes(nodes, constants=constants, values=values)

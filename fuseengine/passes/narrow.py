@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from fuseengine.program import Program, Shape, Value
+from fuseengine.program import Program, Value
 
 _ELEMENTWISE = ("ddim_step", "add", "sub", "mul", "div", "clamp")
 
@@ -31,6 +31,8 @@ def narrow(program: Program, model: nn.Module) -> Program:
         for index, node in enumerate(nodes):
             if node.target != "slice" or node.kind != "op" or node.inputs[0] not in maker:
                 continue
+            if node.inputs[0] == program.output:
+                continue
             source = nodes[maker[node.inputs[0]]]
             shapes = {values[name].shape for name in (*source.inputs, node.inputs[0])}
             if (
@@ -40,20 +42,15 @@ def narrow(program: Program, model: nn.Module) -> Program:
                 or len(shapes) != 1
             ):
                 continue
-            sliced = []
-            for name in source.inputs:
-                part = f"{name}_{node.outputs[0]}"
-                values[part] = Value(
-                    part, _sliced(values[name].shape, values[node.made()[0]].shape)
-                )
-                sliced.append(replace(node, inputs=(name,), outputs=(part,)))
-            late = replace(source, inputs=tuple(n.made()[0] for n in sliced), outputs=node.outputs)
+            shape = values[node.made()[0]].shape
+            parts = {name: f"{name}_{node.outputs[0]}" for name in source.inputs}
+            values.update({part: Value(part, shape) for part in parts.values()})
+            sliced = [replace(node, inputs=(n,), outputs=(part,)) for n, part in parts.items()]
+            late = replace(
+                source, inputs=tuple(parts[n] for n in source.inputs), outputs=node.outputs
+            )
             nodes[index : index + 1] = [*sliced, late]
             del nodes[maker[node.inputs[0]]]
             moved = True
             break
     return program.with_nodes(nodes, values=values)
-
-
-def _sliced(whole: Shape, result: Shape) -> Shape:
-    return tuple(result[: len(whole)])

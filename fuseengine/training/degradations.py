@@ -26,13 +26,13 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
 def add_noise(x: Tensor, generator: torch.Generator) -> Tensor:
     """White Gaussian noise, standard deviation 0.03 to 0.08 of full scale: above sensor grain."""
     sigma = 0.03 + 0.05 * _uniform(generator)
-    return x + sigma * torch.randn(x.shape, generator=generator)
+    return x + sigma * torch.randn(x.shape, generator=generator).to(x)
 
 
 def add_stripes(x: Tensor, generator: torch.Generator) -> Tensor:
     """Fixed column offsets as uncooled thermal sensors have, standard deviation up to 0.03."""
     sigma = 0.03 * _uniform(generator)
-    return x + sigma * torch.randn((x.shape[0], 1, 1, x.shape[3]), generator=generator)
+    return x + sigma * torch.randn((x.shape[0], 1, 1, x.shape[3]), generator=generator).to(x)
 
 
 def defocus(x: Tensor, generator: torch.Generator) -> Tensor:

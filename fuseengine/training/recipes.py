@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,19 +43,13 @@ class DRFusionRecipe:
     """
 
     def __init__(
-        self,
-        model: DRFusion,
-        *,
-        degrade_chance: float = 0.05,
-        weights: DRFusionWeights | None = None,
+        self, *, degrade_chance: float = 0.05, weights: DRFusionWeights | None = None
     ) -> None:
         self.weights = weights or DRFusionWeights()
         self.degrade_chance = degrade_chance
-        self._initialise(model)
 
-    @staticmethod
-    def _initialise(model: DRFusion) -> None:
-        # With zero heads the untrained model is the plain average: m = 1/2 and no noise predicted.
+    def initialise(self, model: nn.Module) -> None:
+        """Zero the heads: the untrained model is then the plain average (m = 1/2, no noise)."""
         for decoder in (model.unet.noise, model.unet.weight):
             nn.init.zeros_(decoder.head.weight)
             nn.init.zeros_(decoder.head.bias)
@@ -78,7 +72,16 @@ class DRFusionRecipe:
         }
 
 
-Recipe = Callable[[nn.Module, Tensor, Tensor, torch.Generator], dict[str, Tensor]]
+class Recipe(Protocol):
+    """How a family of models is trained."""
+
+    def initialise(self, model: nn.Module) -> None:
+        """Prepare a model that has never been trained, in place."""
+
+    def __call__(
+        self, model: nn.Module, a: Tensor, b: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The weighted terms of the loss, 0-d tensors, for clean patches (N, 1, H, W)."""
 
 
 def recipe_for(model: FusionModel) -> Recipe:
@@ -88,5 +91,5 @@ def recipe_for(model: FusionModel) -> Recipe:
         TrainingError: the family has none.
     """
     if isinstance(model, DRFusion):
-        return DRFusionRecipe(model)
+        return DRFusionRecipe()
     raise TrainingError(f"no training recipe for {type(model).__name__}; there is one for DRFusion")

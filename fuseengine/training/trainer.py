@@ -54,6 +54,20 @@ class TrainSettings:
     save_every: int = 500
     show_every: int = 1_000
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot work.
+
+        Raises:
+            TrainingError: a count below 1, a rate or clip not above 0, or ema outside [0, 1).
+        """
+        counts = ("steps", "patch", "batch", "save_every", "show_every")
+        wrong = [name for name in counts if getattr(self, name) < 1]
+        wrong += [name for name in ("rate", "clip") if not getattr(self, name) > 0]
+        wrong += ["ema"] if not 0 <= self.ema < 1 else []
+        if wrong:
+            given = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
+            raise TrainingError(f"{given}; expected counts >= 1, rate and clip > 0, 0 <= ema < 1")
+
 
 def train(
     model: FusionModel,
@@ -62,6 +76,7 @@ def train(
     settings: TrainSettings | None = None,
     *,
     device: str = "cpu",
+    fresh: bool = True,
     progress: bool = True,
     stop_after: float | None = None,
 ) -> dict[str, Any]:
@@ -77,6 +92,7 @@ def train(
         out: folder to write to.
         settings: how to train.
         device: torch device.
+        fresh: whether the recipe may initialise the model; False goes on from its weights.
         progress: whether to show a progress bar.
         stop_after: seconds after which to save and stop, to go on later.
 
@@ -90,7 +106,13 @@ def train(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     patches = PairPatches(data, PatchSettings(settings.patch, settings.batch), settings.seed)
+    if settings.patch % model.multiple:
+        raise TrainingError(
+            f"patch={settings.patch}; expected a multiple of {model.multiple} for {model.name!r}"
+        )
     recipe = recipe_for(model)
+    if fresh and not (out / _CHECKPOINT).exists():
+        recipe.initialise(model)
     model.to(device).train()
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimiser = torch.optim.Adam(model.parameters(), lr=settings.rate, betas=(0.9, 0.99))
@@ -114,8 +136,8 @@ def train(
         loss = torch.stack(list(parts.values())).sum()
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
-                f"the loss is {float(loss)} at step {index}; lower the learning rate and resume "
-                f"from {out / _CHECKPOINT}"
+                f"the loss is {float(loss.detach())} at step {index}; lower the learning rate and "
+                f"resume from {out / _CHECKPOINT}"
             )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -210,10 +232,16 @@ def _resume(
             f"{path} belongs to a run of {state.get('model')!r} (version {state.get('version')}); "
             f"expected {model.name!r} (version {_VERSION}): choose another --out folder"
         )
-    model.load_state_dict(state["weights"])
-    for name, value in state["average"].items():
-        average[name].copy_(value)
-    optimiser.load_state_dict(state["optimiser"])
+    try:
+        model.load_state_dict(state["weights"])
+        for name, value in state["average"].items():
+            average[name].copy_(value)
+        optimiser.load_state_dict(state["optimiser"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise TrainingError(
+            f"{path} belongs to a run of {model.name!r} with other settings "
+            f"({str(error).splitlines()[0]}); choose another --out folder"
+        ) from error
     return int(state["step"]), float(state["seconds"])
 
 

@@ -10,10 +10,10 @@ import torch
 
 import fuseengine as fe
 from fuseengine.backends import BACKENDS, get_backend
-from fuseengine.capture import capture
 from fuseengine.engine import build_executor
 from fuseengine.errors import BackendUnavailableError, UnknownNameError
 from fuseengine.stages import ModelStages
+from fuseengine.tracing import capture
 from tests.helpers import picture_pair, psnr, tiny
 
 SIZE = (48, 64)

@@ -9,13 +9,13 @@ import torch
 import fuseengine as fe
 from fuseengine.backends import BACKENDS
 from fuseengine.backends.cuda_device import _OPS, _SPECTRA, TorchDevice
-from fuseengine.capture import capture
 from fuseengine.errors import CaptureError
 from fuseengine.models.observation import Blur, Compose, Downsample, Identity
 from fuseengine.program import Node, resolve
 from fuseengine.runtime import ops
 from fuseengine.runtime.executor import CpuDevice, Executor
 from fuseengine.stages import ModelStages
+from fuseengine.tracing import capture
 
 SIZE = (32, 48)
 

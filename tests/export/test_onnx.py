@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fuseengine.capture import capture
 from fuseengine.errors import CompileError
 from fuseengine.export.onnx import OPSET, UnsupportedLayerError, stage_to_onnx
 from fuseengine.models.layers import ResidualBlock, SkipGate
 from fuseengine.stages import ModelStages
+from fuseengine.tracing import capture
 from tests.helpers import randomise, tiny
 
 

@@ -106,7 +106,8 @@ class TestJoint:
         paper = f - 0.3 * (0.25 * (a - 0.9) + 0.75 * (b - 0.4) - (0.25 * a + 0.75 * b - f))
         for form, fused in (("code", code), ("paper", paper)):
             out = joint_ddim_step(x, eps, m, y1, y2, 0.6, 0.8, 0.8, 0.6, 0.3, form=form).flatten()
-            expected = [0.8 * v + 0.6 * float(e) for v, e in zip((na, nb, fused), eps.flatten())]
+            corrected = zip((na, nb, fused), eps.flatten().tolist(), strict=True)
+            expected = [0.8 * v + 0.6 * e for v, e in corrected]
             assert out.tolist() == pytest.approx(expected, abs=1e-14)
 
     def test_forms_agree_for_a_full_correction_only(self):

@@ -299,9 +299,9 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"steps": 0}, "steps >= 1"),
-            ({"groups": 3}, "groups dividing width"),
-            ({"patch": 0}, "patch >= 1"),
+            ({"steps": 0}, "steps=0.*each >= 1"),
+            ({"groups": 3}, "groups to divide width"),
+            ({"patch": 0}, "patch=0.*each >= 1"),
             ({"update": "papers"}, "expected 'code' or 'paper'"),
             ({"update": "code", "operators": (Identity(), Downsample(2))}, "update='paper'"),
             ({"colour": True}, "unexpected keyword argument 'colour'"),

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from fuseengine.backends.cuda_device import TorchDevice
-from fuseengine.capture import capture
 from fuseengine.engine import build_executor
 from fuseengine.errors import CaptureError
 from fuseengine.program import Node, Program, StageVariant, Value
 from fuseengine.runtime.executor import CpuDevice, Executor
 from fuseengine.stages import ModelStages
+from fuseengine.tracing import capture
 from tests.helpers import picture_pair, tiny
 
 

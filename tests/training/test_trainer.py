@@ -41,7 +41,7 @@ class TestRecipe:
     def test_the_untrained_model_is_the_average(self):
         """Zero heads: no noise predicted, equal weights."""
         model = small()
-        DRFusionRecipe(model)
+        DRFusionRecipe().initialise(model)
         a, b = picture_pair((16, 16))
         with torch.no_grad():
             torch.testing.assert_close(model(a, b), (a + b) / 2, rtol=0, atol=1e-5)

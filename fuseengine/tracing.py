@@ -7,6 +7,7 @@ small sizes, which makes them symbolic in the picture's height and width.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,10 @@ _PROBE_BLOCKS = ((8, 12), (12, 20))
 they are really computed, because the meta device costs more (it imports all of torch._dynamo)."""
 
 
+_KEPT = ("placeholder", "output")
+"""Kinds of fx nodes that stay although nobody uses their result."""
+
+
 def capture(model: nn.Module, *, optimise: bool = True) -> Program:
     """Capture a model as a program.
 
@@ -40,14 +45,36 @@ def capture(model: nn.Module, *, optimise: bool = True) -> Program:
         CaptureError: the forward does something outside stages that a program cannot say.
     """
     stages = tuple(getattr(model, "stages", ()))
-    training = model.training
+    _check(model)
+    training, attributes = model.training, set(vars(model))
+    threads = torch.get_num_threads()
+    # Tiny pictures: several threads would only wait for each other, on a busy machine for seconds.
+    torch.set_num_threads(1)
     model.eval()
     try:
-        recorder = _Recorder(model, stages)
-        program = recorder.record()
+        program = _Recorder(model, stages).record()
+        if optimise:
+            program = run_passes(program, model)
     finally:
+        torch.set_num_threads(threads)
         model.train(training)
-    return run_passes(program, model) if optimise else program
+        for name in set(vars(model)) - attributes:  # tensors that forward makes, left by fx
+            delattr(model, name)
+    return program
+
+
+def _check(model: nn.Module) -> None:
+    name = type(model).__name__
+    try:
+        inspect.signature(model.forward).bind(None, None)
+    except TypeError as error:
+        raise CaptureError(f"forward of {name}: {error}; expected (a, b) -> fused") from error
+    other = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if other:
+        raise CaptureError(
+            f"{name} has parameters in {', '.join(map(str, other))}; expected float32: call "
+            ".float() on it (lower precisions are chosen when it is compiled)"
+        )
 
 
 class _StageTracer(fx.Tracer):
@@ -82,10 +109,10 @@ class _Recorder:
     def record(self) -> Program:
         graph = self._trace()
         shapes = self._shapes(graph)
+        output = ""
         for node in graph.nodes:
             if node.op == "placeholder":
-                if node.users or len(self.values) < 2:
-                    self._value(node, node.name, shapes)
+                self._value(node, node.name, shapes)
             elif node.op == "get_attr":
                 name = str(node.target).replace(".", "_")
                 if name in self.constants:
@@ -95,14 +122,14 @@ class _Recorder:
             elif node.op == "call_module":
                 self._stage(node, shapes)
             elif node.op == "output":
-                output = self.names[node.args[0]]
+                result = node.args[0]
+                made = self.names.get(result) if isinstance(result, fx.Node) else None
+                if not isinstance(made, str):
+                    raise CaptureError(f"forward returns {result}; expected one tensor, fused")
+                output = made
             else:
                 self._operation(node, shapes)
         inputs = [n.name for n in graph.nodes if n.op == "placeholder"]
-        if len(inputs) != 2:
-            raise CaptureError(
-                f"forward takes {len(inputs)} tensors ({', '.join(inputs)}); expected (a, b)"
-            )
         program = Program(
             model=getattr(self.model, "name", "") or type(self.model).__name__,
             channels=getattr(self.model, "channels", "luma"),
@@ -123,7 +150,10 @@ class _Recorder:
             graph.output(graph.create_node("call_module", "", (a, b), name="fused"))
             return graph
         try:
-            return _StageTracer(self.stages).trace(self.model)
+            graph = _StageTracer(self.stages).trace(self.model)
+            # Calls have no effect but their result; fx itself is not sure of that for stages.
+            graph.eliminate_dead_code(is_impure_node=lambda node: node.op in _KEPT)
+            return graph
         except (fx.proxy.TraceError, TypeError) as error:
             raise CaptureError(
                 f"the forward of {type(self.model).__name__} cannot be traced: {error}. "
@@ -143,17 +173,24 @@ class _Recorder:
                     interpreter.run(*pair)
                     runs.append(interpreter.seen)
                 else:
-                    runs.append(dict(zip(graph.nodes, [*pair, self.model(*pair)], strict=False)))
+                    fused = self.model(*pair)
+                    if not isinstance(fused, Tensor):
+                        raise CaptureError(
+                            f"forward returns a {type(fused).__name__}; expected one tensor"
+                        )
+                    runs.append(dict(zip(graph.nodes, [*pair, fused], strict=False)))
 
         def join(one: Any, two: Any) -> Any:
             if isinstance(one, (tuple, list)):
                 return [join(x, y) for x, y in zip(one, two, strict=True)]
+            if not isinstance(one, Tensor):
+                return None
             return symbolic(one.shape, two.shape, self.sizes)
 
         return {
             node: join(runs[0][node], runs[1][node])
             for node in runs[0]
-            if node.op not in ("output", "get_attr") and not _is_number(runs[0][node])
+            if node.op not in ("output", "get_attr")
         }
 
     def _value(self, node: fx.Node, name: str, shapes: dict[fx.Node, Any]) -> str:
@@ -165,7 +202,7 @@ class _Recorder:
         array = tensor.detach().float().cpu().numpy()
         while name in self.values:
             name += "_"
-        self.constants[name] = np.ascontiguousarray(array)
+        self.constants[name] = np.array(array, order="C")
         self.values[name] = Value(name, tuple(array.shape))
         if node is not None:
             self.names[node] = name
@@ -205,7 +242,13 @@ class _Recorder:
                 f"{name} stands outside the stages and no op of a program does it; put it into a "
                 f"stage, or use one of: {', '.join(sorted({r.__name__ for r in _RULES.values()}))}"
             )
-        op, inputs, attrs = rule(node)
+        try:
+            op, inputs, attrs = rule(node)
+        except (IndexError, ValueError) as error:
+            raise CaptureError(
+                f"{node.format_node()}: arguments in a form that capture does not know; give "
+                "tensors by position"
+            ) from error
         for argument in inputs:
             if not isinstance(self.names.get(argument), str):
                 raise CaptureError(f"{op} of {argument}, which is no tensor of the program")
@@ -244,6 +287,8 @@ Rule = Callable[[fx.Node], tuple[str, list[fx.Node], dict[str, Any]]]
 
 def _binary(op: str) -> Rule:
     def rule(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+        if node.kwargs:  # alpha=, out=
+            raise CaptureError(f"{op} with {', '.join(node.kwargs)}; write it out as mul and {op}")
         x, y = node.args
         if _is_number(x):
             return op, [y], {"scalar": float(x), "scalar_first": True}
@@ -276,6 +321,8 @@ def _slice(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
 def _clamp(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
     names = ("min", "max")
     given = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+    if any(not (value is None or _is_number(value)) for value in given.values()):
+        raise CaptureError(f"clamp to {given}; expected numbers")
     return "clamp", [node.args[0]], {name: given.get(name) for name in names}
 
 
