@@ -412,7 +412,10 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"size": (1, 64)}, r"size=\(1, 64\); expected \(height, width\), each at least 2"),
+            (
+                {"size": (1, 64)},
+                r"size=\(1, 64\); expected \(height, width\), two integers of at least 2",
+            ),
             ({"size": (64,)}, "expected .height, width."),
             ({"size": (64.5, 64)}, "expected .height, width."),
             ({"threads": 0}, "threads=0; expected a number >= 1"),
