@@ -45,8 +45,9 @@ class OnnxRuntimeBackend(Backend):
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # Threads that spin between stages would steal the cores from the ops there.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        # Spinning threads take the cores from what runs between stages, and from everything else on
+        # a busy machine, where a stage then takes twice as long.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         session = ort.InferenceSession(
             source.onnx(variant), options, providers=["CPUExecutionProvider"]
