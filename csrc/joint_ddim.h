@@ -20,14 +20,15 @@ struct JointCoefficients {
 // paper:  f' = f - λ( m(a - y1) + (1-m)(b - y2) - (m·a + (1-m)·b - f) )
 // out = √ā_prev·[a', b', f'] + √(1-ā_prev)·ε
 //
-// x, eps and out hold three planes of n pixels, mask, y1 and y2 one. out may be x or eps itself.
+// n pixels. x, eps and out have three planes, `plane` numbers apart, mask, y1 and y2 one. out may be
+// x or eps itself.
 template <JointForm form>
-FUSE_CLONES void joint_ddim_image(const float* x, const float* eps, const float* mask,
-                                  const float* y1, const float* y2, float* out, std::ptrdiff_t n,
-                                  JointCoefficients k) {
-    const float *xa = x, *xb = x + n, *xf = x + 2 * n;
-    const float *ea = eps, *eb = eps + n, *ef = eps + 2 * n;
-    float *oa = out, *ob = out + n, *of = out + 2 * n;
+FUSE_CLONES void joint_ddim_pixels(const float* x, const float* eps, const float* mask,
+                                   const float* y1, const float* y2, float* out,
+                                   std::ptrdiff_t plane, std::ptrdiff_t n, JointCoefficients k) {
+    const float *xa = x, *xb = x + plane, *xf = x + 2 * plane;
+    const float *ea = eps, *eb = eps + plane, *ef = eps + 2 * plane;
+    float *oa = out, *ob = out + plane, *of = out + 2 * plane;
     FUSE_INDEPENDENT
     for (std::ptrdiff_t i = 0; i < n; ++i) {
         const float na = ea[i], nb = eb[i], nf = ef[i];

@@ -2,6 +2,7 @@
 // depend on the range they fall into gives the same bits whatever the number of threads.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <functional>
 
@@ -18,5 +19,16 @@ void set_num_threads(int count);
 // when there is one range, when called from within a loop, or while another thread is looping.
 // The first exception of a body is thrown again here, once all ranges have ended.
 void parallel_for(std::ptrdiff_t count, std::ptrdiff_t grain, const RangeBody& body);
+
+// The range [begin, end) of elements as pieces of planes of n: body(plane, first, count).
+template <class Body>
+void for_each_plane(std::ptrdiff_t begin, std::ptrdiff_t end, std::ptrdiff_t n, const Body& body) {
+    while (begin < end) {
+        const std::ptrdiff_t plane = begin / n, first = begin % n;
+        const std::ptrdiff_t count = std::min(n - first, end - begin);
+        body(plane, first, count);
+        begin += count;
+    }
+}
 
 }  // namespace fuse

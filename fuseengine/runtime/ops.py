@@ -84,18 +84,18 @@ def _joint_ddim_step(inputs: Sequence[Array], output: Array, attrs: Mapping[str,
 
 
 def _ddim_step(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
-    # Both lines of DDIM are linear: out = c_x x + c_eps eps.
     now, rest, before, rest_before = (float(attrs[name]) for name in _SCALES)
-    scale_x, scale_eps = np.float32(before / now), np.float32(rest_before - before * rest / now)
     x, eps = inputs
-    scratch = np.empty_like(output)
-
-    def call() -> None:
-        np.multiply(eps, scale_eps, out=scratch)
-        np.multiply(x, scale_x, out=output)
-        np.add(output, scratch, out=output)
-
-    return call
+    return lambda: _native.ddim_step(
+        x,
+        eps,
+        None,
+        output,
+        sqrt_abar=now,
+        sqrt_one_minus_abar=rest,
+        sqrt_abar_prev=before,
+        direction=rest_before,
+    )
 
 
 def _block_mean(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
@@ -122,13 +122,9 @@ def _spectrum(kernel: Array, size: tuple[int, int]) -> NDArray[np.complex128]:
 
 
 def _filter(x: Array, output: Array, spectrum: NDArray[np.complex128]) -> Call:
-    spectrum = spectrum.astype(np.complex64)
-    size = output.shape[-2:]
-
-    def call() -> None:
-        output[...] = np.fft.irfft2(np.fft.rfft2(x) * spectrum, s=size)
-
-    return call
+    half = np.ascontiguousarray(spectrum.astype(np.complex64))
+    planes, target = (a.reshape(-1, *a.shape[-2:]) for a in (x, output))
+    return lambda: _native.wiener_filter(planes, half, target)
 
 
 def _circular_convolution(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
