@@ -14,13 +14,28 @@ YShi-cool/DRFusion ("code"); equal for lam = 1. Nine reads and three writes per 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fuseengine import _native
 from fuseengine.errors import SettingError
+from fuseengine.kernels import _tuning
 from fuseengine.kernels._library import needs_reference, register
+from fuseengine.kernels._triton import (
+    Launch,
+    blocks,
+    device_capability,
+    kernel,
+    planes,
+    run,
+    usable,
+)
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 FORMS = ("code", "paper")
 
@@ -106,8 +121,157 @@ def joint_ddim_step(
     return torch.ops.fuse.joint_ddim_step(*tensors, *numbers, form)
 
 
+# --- Triton --------------------------------------------------------------------------------------
+
+
+@kernel
+def joint_ddim_step_kernel(
+    x,
+    eps,
+    mask,
+    y1,
+    y2,
+    out,
+    pixels,
+    x_batch,
+    x_plane,
+    eps_batch,
+    eps_plane,
+    mask_batch,
+    y1_batch,
+    y2_batch,
+    inverse,
+    noise,
+    signal_prev,
+    noise_prev,
+    lam,
+    CODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """BLOCK pixels of all three planes of one picture.
+
+    Planes are dense; batches and planes may lie anywhere. ``out`` is contiguous.
+    """
+    in_picture = tl.cdiv(pixels, BLOCK)
+    batch = (tl.program_id(0) // in_picture).to(tl.int64)
+    at = (tl.program_id(0) % in_picture) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < pixels
+    inverse, noise = tl.cast(inverse, tl.float32), tl.cast(noise, tl.float32)
+    signal_prev, noise_prev = tl.cast(signal_prev, tl.float32), tl.cast(noise_prev, tl.float32)
+    lam = tl.cast(lam, tl.float32)
+
+    x += batch * x_batch + at
+    eps += batch * eps_batch + at
+    eps_a = tl.load(eps, mask=inside).to(tl.float32)
+    eps_b = tl.load(eps + tl.cast(eps_plane, tl.int64), mask=inside).to(tl.float32)
+    eps_f = tl.load(eps + 2 * tl.cast(eps_plane, tl.int64), mask=inside).to(tl.float32)
+    a = tl.load(x, mask=inside).to(tl.float32)
+    b = tl.load(x + tl.cast(x_plane, tl.int64), mask=inside).to(tl.float32)
+    f = tl.load(x + 2 * tl.cast(x_plane, tl.int64), mask=inside).to(tl.float32)
+    m = tl.load(mask + batch * mask_batch + at, mask=inside).to(tl.float32)
+    first = tl.load(y1 + batch * y1_batch + at, mask=inside).to(tl.float32)
+    second = tl.load(y2 + batch * y2_batch + at, mask=inside).to(tl.float32)
+
+    a = (a - noise * eps_a) * inverse
+    b = (b - noise * eps_b) * inverse
+    f = (f - noise * eps_f) * inverse
+    new_a = a - lam * (a - first)
+    new_b = b - lam * (b - second)
+    if CODE:
+        residual = m * (new_a - first - first) + (1.0 - m) * (new_b - second - second) + f
+    else:
+        residual = f - m * first - (1.0 - m) * second
+    new_f = f - lam * residual
+
+    out += batch * 3 * pixels + at
+    plane = tl.cast(pixels, tl.int64)
+    kind = out.dtype.element_ty
+    tl.store(out, (signal_prev * new_a + noise_prev * eps_a).to(kind), mask=inside)
+    tl.store(out + plane, (signal_prev * new_b + noise_prev * eps_b).to(kind), mask=inside)
+    tl.store(out + 2 * plane, (signal_prev * new_f + noise_prev * eps_f).to(kind), mask=inside)
+
+
+def plan(
+    x: Tensor,
+    eps: Tensor,
+    mask: Tensor,
+    y1: Tensor,
+    y2: Tensor,
+    out: Tensor,
+    numbers: tuple[float, float, float, float, float],
+    form: str,
+    *,
+    capability: int,
+    settings: dict[str, Any] | None = None,
+) -> list[Launch]:
+    """The launch of the op: planes dense, numbers as the op takes them, out contiguous."""
+    pixels = x.shape[2] * x.shape[3]
+    if settings is None:
+        settings = _tuning.choose("joint_ddim_step", x.dtype, capability, x.shape[0] * pixels)
+    a, b, c, d, lam = numbers
+    return [
+        Launch(
+            kernel=joint_ddim_step_kernel,
+            label=form,
+            grid=(x.shape[0] * blocks(pixels, settings["block"]),),
+            grid_rule="(batch * ceil(pixels / BLOCK),)",
+            arguments={
+                "x": x,
+                "eps": eps,
+                "mask": mask,
+                "y1": y1,
+                "y2": y2,
+                "out": out,
+                "pixels": pixels,
+                "x_batch": x.stride(0),
+                "x_plane": x.stride(1),
+                "eps_batch": eps.stride(0),
+                "eps_plane": eps.stride(1),
+                "mask_batch": mask.stride(0),
+                "y1_batch": y1.stride(0),
+                "y2_batch": y2.stride(0),
+                "inverse": 1.0 / a,
+                "noise": b,
+                "signal_prev": c,
+                "noise_prev": d,
+                "lam": lam,
+            },
+            constants={"CODE": form == "code", "BLOCK": settings["block"]},
+            num_warps=settings["num_warps"],
+        )
+    ]
+
+
+def launch(
+    x: Tensor,
+    eps: Tensor,
+    mask: Tensor,
+    y1: Tensor,
+    y2: Tensor,
+    numbers: tuple[float, float, float, float, float],
+    form: str,
+    **options: Any,
+) -> Tensor:
+    """Run the Triton kernel; ``options`` as in :func:`plan`."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.numel():
+        given = (planes(t) for t in (x, eps, mask, y1, y2))
+        run(plan(*given, out, numbers, form, **options), x.device)
+    return out
+
+
+# --- the op --------------------------------------------------------------------------------------
+
+
 def _general(x, eps, mask, y1, y2, a, b, c, d, lam, form):
     return joint_ddim_step_reference(x, eps, mask, y1, y2, a, b, c, d, lam, form=form)
+
+
+def _cuda(x, eps, mask, y1, y2, a, b, c, d, lam, form):
+    if not usable(x, eps, mask, y1, y2) or eps.dtype != x.dtype:
+        return _general(x, eps, mask, y1, y2, a, b, c, d, lam, form)
+    numbers, where = (a, b, c, d, lam), device_capability(x.device)
+    return launch(x, eps, mask, y1, y2, numbers, form, capability=where)
 
 
 def _cpu(x, eps, mask, y1, y2, a, b, c, d, lam, form):
@@ -132,7 +296,7 @@ register(
     "joint_ddim_step(Tensor x, Tensor eps, Tensor mask, Tensor y1, Tensor y2, float sqrt_abar, "
     "float sqrt_one_minus_abar, float sqrt_abar_prev, float sqrt_one_minus_abar_prev, float lam, "
     "str form) -> Tensor",
-    general=_general,
+    general=_cuda,
     cpu=_cpu,
     fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
