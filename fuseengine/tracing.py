@@ -330,6 +330,8 @@ _SCALES = ("sqrt_abar", "sqrt_one_minus_abar", "sqrt_abar_prev", "sqrt_one_minus
 
 
 def _ddim_step(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    if node.kwargs or len(node.args) != 2 + len(_SCALES):
+        raise CaptureError("ddim_step with noise is no op of a program")
     return "ddim_step", list(node.args[:2]), dict(zip(_SCALES, node.args[2:], strict=True))
 
 
