@@ -48,7 +48,7 @@ Planes<T> planes_of(T* data, const py::array& a) {
     return {data, a.shape(0), a.shape(1), a.shape(2)};
 }
 
-bool bind_frame_in(const py::array& src, py::array out, double low, double scale) {
+bool bind_frame_in(const py::array& src, py::array out, double low, double scale, bool ycbcr) {
     require_image("src", src);
     require_planes("out", out);
     require_writeable("out", out);
@@ -56,13 +56,15 @@ bool bind_frame_in(const py::array& src, py::array out, double low, double scale
         refuse("out", out, "at least the height and width of src, " + describe(src));
     }
     require_apart("out", out, "src", src, false);
+    if (ycbcr && out.shape(0) != 3) refuse("out", out, "shape (3, H, W) for Y, Cb and Cr");
+    const Colour colour = ycbcr ? Colour::ycbcr : Colour::rgb;
     const auto planes = planes_of(static_cast<float*>(out.mutable_data()), out);
     return by_type("src", src, [&](auto zero) {
         using T = decltype(zero);
         const auto image = image_of(static_cast<const T*>(src.data()), src);
         const float l = static_cast<float>(low), s = static_cast<float>(scale);
         py::gil_scoped_release release;
-        return frame_in<T>(image, planes, l, s);
+        return frame_in<T>(image, planes, colour, l, s);
     });
 }
 
@@ -78,7 +80,9 @@ void bind_frame_out(const py::array& fused, const py::object& visible_or_none, p
     py::array visible = out;
     if (needs_visible) {
         if (!py::isinstance<py::array>(visible_or_none)) {
-            throw py::type_error("visible: got None, expected the colour frame whose chroma out takes");
+            const auto given = py::str(py::type::of(visible_or_none).attr("__name__"));
+            throw py::type_error("visible: got " + given.cast<std::string>() +
+                                 ", expected the colour frame whose chroma out takes");
         }
         visible = py::reinterpret_borrow<py::array>(visible_or_none);
         require_image("visible", visible);
@@ -112,18 +116,78 @@ py::tuple bind_frame_range(const py::array& src) {
     });
 }
 
+void require_pictures(const char* name, const py::array& a) {
+    require<float>(name, a, "float32");
+    if (a.ndim() < 2) refuse(name, a, "shape (..., H, W)");
+    require_contiguous(name, a);
+}
+
+// All dimensions before the last two as one.
+template <class T>
+Planes<T> all_planes(T* data, const py::array& a) {
+    std::ptrdiff_t count = 1;
+    for (py::ssize_t d = 0; d < a.ndim() - 2; ++d) count *= a.shape(d);
+    return {data, count, a.shape(a.ndim() - 2), a.shape(a.ndim() - 1)};
+}
+
+void bind_pad_reflect(const py::array& x, py::array out) {
+    require_pictures("x", x);
+    require_pictures("out", out);
+    require_writeable("out", out);
+    const auto from = all_planes(static_cast<const float*>(x.data()), x);
+    if (from.height < 1 || from.width < 1) refuse("x", x, "at least one pixel");
+    const auto to = all_planes(static_cast<float*>(out.mutable_data()), out);
+    if (!same_shape(out, x, x.ndim() - 2) || to.height < from.height || to.width < from.width) {
+        refuse("out", out, "the shape of x, " + describe(x) + ", with H and W no smaller");
+    }
+    require_apart("out", out, "x", x, false);
+    py::gil_scoped_release release;
+    pad_reflect(from, to);
+}
+
+using ColourLoop = void(const float*, const float*, const float*, float*, float*, float*,
+                        std::ptrdiff_t);
+
+template <ColourLoop convert>
+void bind_colour(const py::array& x, py::array out) {
+    require_pictures("x", x);
+    if (x.ndim() < 3 || x.shape(x.ndim() - 3) != 3) refuse("x", x, "shape (..., 3, H, W)");
+    require_pictures("out", out);
+    require_writeable("out", out);
+    if (!same_shape(out, x, x.ndim())) refuse("out", out, "the shape of x, " + describe(x));
+    require_apart("out", out, "x", x, true);
+    const std::ptrdiff_t n = x.shape(x.ndim() - 2) * x.shape(x.ndim() - 1);
+    const auto from = static_cast<const float*>(x.data());
+    const auto to = static_cast<float*>(out.mutable_data());
+    const std::ptrdiff_t count = x.size() / 3;
+    py::gil_scoped_release release;
+    parallel_for(count, kPixelsPerRange, [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
+        for_each_plane(begin, end, n, [&](std::ptrdiff_t i, std::ptrdiff_t at, std::ptrdiff_t m) {
+            const float* a = from + 3 * i * n + at;
+            float* b = to + 3 * i * n + at;
+            convert(a, a + n, a + 2 * n, b, b + n, b + 2 * n, m);
+        });
+    });
+}
+
 }  // namespace
 
 void register_frames(py::module_& m) {
     using py::arg;
     m.def("frame_in", &bind_frame_in, arg("src"), arg("out"), py::kw_only(), arg("low") = 0.0,
-          arg("scale"),
-          "out[c] = clip((src - low) * scale, 0, 1), reflected to out's size; "
-          "False if a value of src is not finite.");
+          arg("scale"), arg("ycbcr") = false,
+          "out[c] = clip((src - low) * scale, 0, 1), reflected to out's size; ycbcr: three planes "
+          "hold Y, Cb, Cr, not R, G, B. False if a value of src is not finite.");
     m.def("frame_out", &bind_frame_out, arg("fused"), arg("visible"), arg("out"),
           "Crop planar float32 to out's size, restore visible's chroma, convert to out's dtype.");
     m.def("frame_range", &bind_frame_range, arg("src"),
           "(smallest, largest, all finite) of src's values; the two are meaningful if all are finite.");
+    m.def("pad_reflect", &bind_pad_reflect, arg("x"), arg("out"),
+          "out = x, reflected to the right and below up to out's size.");
+    m.def("rgb_to_ycbcr", &bind_colour<rgb_to_ycbcr>, arg("x"), arg("out"),
+          "Planes R, G, B to Y, Cb, Cr (BT.601, full range, Cb and Cr around 0.5); out may be x.");
+    m.def("ycbcr_to_rgb", &bind_colour<ycbcr_to_rgb>, arg("x"), arg("out"),
+          "The inverse of rgb_to_ycbcr, not clipped; out may be x.");
 }
 
 }  // namespace fuse

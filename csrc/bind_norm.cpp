@@ -14,7 +14,8 @@ void bind_group_norm_silu(const py::array& x, const py::array& weight, const py:
                           const py::object& shift_or_none, py::array out, std::ptrdiff_t groups,
                           double eps, bool silu) {
     GroupNorm a{};
-    a.x = floats("x", x);
+    a.x = {x.data(), require_floats("x", x)};
+    require_contiguous("x", x);
     if (x.ndim() != 4) refuse("x", x, "shape (N, C, H, W)");
     a.n = x.shape(0);
     a.c = x.shape(1);
@@ -34,7 +35,8 @@ void bind_group_norm_silu(const py::array& x, const py::array& weight, const py:
     const auto per_channel = "(" + std::to_string(a.c) + ",), a number per channel of x";
     if (weight.ndim() != 1 || weight.shape(0) != a.c) refuse("weight", weight, per_channel);
     if (bias.ndim() != 1 || bias.shape(0) != a.c) refuse("bias", bias, per_channel);
-    floats("out", out);
+    require_floats_like("out", out, a.x.storage);
+    require_contiguous("out", out);
     bool same = out.ndim() == 4;
     for (py::ssize_t d = 0; same && d < 4; ++d) same = out.shape(d) == x.shape(d);
     if (!same) refuse("out", out, "the shape of x, " + describe(x));
@@ -57,7 +59,7 @@ void bind_group_norm_silu(const py::array& x, const py::array& weight, const py:
         require_apart("out", out, "shift", shift, false);
         a.shift_stride = shift.shape(0) == 1 ? 0 : a.c;
     }
-    a.out = static_cast<float*>(out.mutable_data());
+    a.out = {out.mutable_data(), a.x.storage};
     if (x.size() == 0) return;
     py::gil_scoped_release release;
     group_norm_silu(a);

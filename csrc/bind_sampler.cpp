@@ -18,10 +18,8 @@ void require_positive(const char* name, double value) {
     }
 }
 
-const float* floats(const py::array& a) { return static_cast<const float*>(a.data()); }
-
 void require_batch(const char* name, const py::array& a, const py::array& x, py::ssize_t channels) {
-    require<float>(name, a, "float32");
+    require_floats_like(name, a, require_floats("x", x));
     require_contiguous(name, a);
     if (a.ndim() != 4 || a.shape(0) != x.shape(0) || a.shape(1) != channels ||
         a.shape(2) != x.shape(2) || a.shape(3) != x.shape(3)) {
@@ -55,23 +53,46 @@ void bind_joint_ddim_step(const py::array& x, const py::array& eps, const py::ar
         static_cast<float>(1.0 / sqrt_abar), static_cast<float>(sqrt_one_minus_abar),
         static_cast<float>(sqrt_abar_prev), static_cast<float>(sqrt_one_minus_abar_prev),
         static_cast<float>(lam)};
-    const float *px = floats(x), *pe = floats(eps), *pm = floats(mask), *p1 = floats(y1),
-                *p2 = floats(y2);
-    const auto po = static_cast<float*>(out.mutable_data());
+    const Storage storage = require_floats("x", x);
+    const Numbers px{x.data(), storage}, pe{eps.data(), storage}, pm{mask.data(), storage},
+        p1{y1.data(), storage}, p2{y2.data(), storage};
+    const Results po{out.mutable_data(), storage};
     const std::ptrdiff_t images = x.shape(0), n = x.shape(2) * x.shape(3);
     const auto step = form == 0 ? joint_ddim_pixels<JointForm::code>
                                 : joint_ddim_pixels<JointForm::paper>;
     py::gil_scoped_release release;
     parallel_for(images * n, kGrain, [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
         for_each_plane(begin, end, n, [&](std::ptrdiff_t i, std::ptrdiff_t at, std::ptrdiff_t m) {
-            const std::ptrdiff_t three = 3 * i * n + at, one = i * n + at;
-            step(px + three, pe + three, pm + one, p1 + one, p2 + one, po + three, n, m, k);
+            const std::ptrdiff_t image = 3 * i * n;
+            if (storage == Storage::float32) {
+                const std::ptrdiff_t one = i * n + at, three = image + at;
+                step(px.read(three, m, nullptr), pe.read(three, m, nullptr),
+                     pm.read(one, m, nullptr), p1.read(one, m, nullptr), p2.read(one, m, nullptr),
+                     po.place(three, nullptr), n, m, k);
+                return;
+            }
+            constexpr std::ptrdiff_t block = kStorageBlock;
+            float wide[3][3 * block], single[3][block];  // x, eps, out; mask, y1, y2
+            for_each_block(storage, at, at + m, [&](std::ptrdiff_t first, std::ptrdiff_t count) {
+                for (std::ptrdiff_t c = 0; c < 3; ++c) {
+                    px.read(image + c * n + first, count, wide[0] + c * block);
+                    pe.read(image + c * n + first, count, wide[1] + c * block);
+                }
+                const std::ptrdiff_t one = i * n + first;
+                pm.read(one, count, single[0]);
+                p1.read(one, count, single[1]);
+                p2.read(one, count, single[2]);
+                step(wide[0], wide[1], single[0], single[1], single[2], wide[2], block, count, k);
+                for (std::ptrdiff_t c = 0; c < 3; ++c) {
+                    po.keep(image + c * n + first, count, wide[2] + c * block);
+                }
+            });
         });
     });
 }
 
 void require_like(const char* name, const py::array& a, const py::array& x) {
-    require<float>(name, a, "float32");
+    require_floats_like(name, a, require_floats("x", x));
     require_contiguous(name, a);
     bool same = a.ndim() == x.ndim();
     for (py::ssize_t d = 0; same && d < a.ndim(); ++d) same = a.shape(d) == x.shape(d);
@@ -87,7 +108,7 @@ void bind_ddim_step(const py::array& x, const py::array& eps, const py::object& 
     require_writeable("out", out);
     require_apart("out", out, "x", x, true);
     require_apart("out", out, "eps", eps, true);
-    const float* pn = nullptr;
+    const void* noise_data = nullptr;
     if (!noise_or_none.is_none()) {
         if (!py::isinstance<py::array>(noise_or_none)) {
             throw py::type_error("noise: got " +
@@ -97,7 +118,7 @@ void bind_ddim_step(const py::array& x, const py::array& eps, const py::object& 
         const auto noise = py::reinterpret_borrow<py::array>(noise_or_none);
         require_like("noise", noise, x);
         require_apart("out", out, "noise", noise, true);
-        pn = floats(noise);
+        noise_data = noise.data();
     } else if (sigma != 0.0) {
         throw py::value_error("noise: got None, expected an array for sigma " +
                               std::to_string(sigma));
@@ -107,16 +128,20 @@ void bind_ddim_step(const py::array& x, const py::array& eps, const py::object& 
         static_cast<float>(1.0 / sqrt_abar), static_cast<float>(sqrt_one_minus_abar),
         static_cast<float>(sqrt_abar_prev), static_cast<float>(direction),
         static_cast<float>(sigma)};
-    const float *px = floats(x), *pe = floats(eps);
-    const auto po = static_cast<float*>(out.mutable_data());
+    const Storage storage = require_floats("x", x);
+    const Numbers px{x.data(), storage}, pe{eps.data(), storage}, pn{noise_data, storage};
+    const Results po{out.mutable_data(), storage};
     const std::ptrdiff_t n = x.size();
     py::gil_scoped_release release;
     parallel_for(n, kGrain, [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
-        if (pn == nullptr) {
-            ddim_step(px + begin, pe + begin, po + begin, end - begin, k);
-        } else {
-            ddim_step_noise(px + begin, pe + begin, pn + begin, po + begin, end - begin, k);
-        }
+        float room[4][kStorageBlock];
+        for_each_block(storage, begin, end, [&](std::ptrdiff_t at, std::ptrdiff_t m) {
+            const float *from = px.read(at, m, room[0]), *e = pe.read(at, m, room[1]);
+            float* to = po.place(at, room[2]);
+            if (noise_data == nullptr) ddim_step(from, e, to, m, k);
+            else ddim_step_noise(from, e, pn.read(at, m, room[3]), to, m, k);
+            po.keep(at, m, to);
+        });
     });
 }
 
@@ -136,7 +161,7 @@ void bind_compose_priors(const py::array& x, const py::array& eps_a, const py::a
     require_apart("out", out, "eps_b", eps_b, true);
     require_apart("out", out, "weight", weight, false);
     require_positive("sqrt_abar", sqrt_abar);
-    float* p0 = nullptr;
+    void* x0_data = nullptr;
     if (!x0_a_or_none.is_none()) {
         if (!py::isinstance<py::array>(x0_a_or_none)) {
             throw py::type_error("x0_a: got " +
@@ -151,25 +176,36 @@ void bind_compose_priors(const py::array& x, const py::array& eps_a, const py::a
         require_apart("x0_a", x0_a, "eps_b", eps_b, true);
         require_apart("x0_a", x0_a, "weight", weight, false);
         require_apart("x0_a", x0_a, "out", out, false);
-        p0 = static_cast<float*>(x0_a.mutable_data());
+        x0_data = x0_a.mutable_data();
     }
     const DdimCoefficients k{
         static_cast<float>(1.0 / sqrt_abar), static_cast<float>(sqrt_one_minus_abar),
         static_cast<float>(sqrt_abar_prev), static_cast<float>(direction), 0.0f};
-    const float *px = floats(x), *pa = floats(eps_a), *pb = floats(eps_b), *pw = floats(weight);
-    const auto po = static_cast<float*>(out.mutable_data());
+    const Storage storage = require_floats("x", x);
+    const Numbers px{x.data(), storage}, pa{eps_a.data(), storage}, pb{eps_b.data(), storage},
+        pw{weight.data(), storage};
+    const Results po{out.mutable_data(), storage}, p0{x0_data, storage};
     const std::ptrdiff_t planes = x.shape(0) * x.shape(1), channels = x.shape(1);
     const std::ptrdiff_t n = x.shape(2) * x.shape(3);
     py::gil_scoped_release release;
     parallel_for(planes * n, kGrain, [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
         for_each_plane(begin, end, n, [&](std::ptrdiff_t i, std::ptrdiff_t at, std::ptrdiff_t m) {
-            const std::ptrdiff_t here = i * n + at;
-            const float* w = pw + i / channels * n + at;
-            if (p0 == nullptr) {
-                compose_priors(px + here, pa + here, pb + here, w, po + here, m, k);
-            } else {
-                compose_priors_x0(px + here, pa + here, pb + here, w, po + here, p0 + here, m, k);
-            }
+            float room[6][kStorageBlock];
+            for_each_block(storage, at, at + m, [&](std::ptrdiff_t first, std::ptrdiff_t count) {
+                const std::ptrdiff_t here = i * n + first;
+                const float *from = px.read(here, count, room[0]),
+                            *a = pa.read(here, count, room[1]), *b = pb.read(here, count, room[2]),
+                            *w = pw.read(i / channels * n + first, count, room[3]);
+                float* to = po.place(here, room[4]);
+                if (x0_data == nullptr) {
+                    compose_priors(from, a, b, w, to, count, k);
+                } else {
+                    float* x0 = p0.place(here, room[5]);
+                    compose_priors_x0(from, a, b, w, to, x0, count, k);
+                    p0.keep(here, count, x0);
+                }
+                po.keep(here, count, to);
+            });
         });
     });
 }

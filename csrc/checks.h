@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "storage.h"
+
 namespace fuse {
 
 namespace py = pybind11;
@@ -33,12 +35,38 @@ void require(const char* name, const py::array& a, const char* type) {
     if (!holds<T>(a)) refuse(name, a, std::string("aligned ") + type + " in native byte order");
 }
 
+// float32, float16, or bfloat16: as the type of that name which other packages add to NumPy, or as
+// uint16, its bits.
+inline Storage require_floats(const char* name, const py::array& a) {
+    constexpr int aligned = py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+    const py::dtype type = a.dtype();
+    if (holds<float>(a)) return Storage::float32;
+    if (type.byteorder() != '>' && type.itemsize() == 2 && (a.flags() & aligned) != 0) {
+        if (type.kind() == 'f') return Storage::float16;
+        if (type.kind() == 'u') return Storage::bfloat16;
+        if (py::str(type).cast<std::string>() == "bfloat16") return Storage::bfloat16;
+    }
+    refuse(name, a, "aligned float32, float16 or bfloat16 (or its bits, uint16) in native byte order");
+}
+
+// The same, and as `like` has it.
+inline void require_floats_like(const char* name, const py::array& a, Storage like) {
+    if (require_floats(name, a) != like) refuse(name, a, "one type of numbers for all arrays");
+}
+
 inline void require_contiguous(const char* name, const py::array& a) {
     if ((a.flags() & py::array::c_style) == 0) refuse(name, a, "C-contiguous memory");
 }
 
 inline void require_writeable(const char* name, const py::array& a) {
     if (!a.writeable()) refuse(name, a, "a writeable array");
+}
+
+// As many dimensions, the first `dims` of equal length.
+inline bool same_shape(const py::array& a, const py::array& b, py::ssize_t dims) {
+    bool same = a.ndim() == b.ndim();
+    for (py::ssize_t d = 0; same && d < dims; ++d) same = a.shape(d) == b.shape(d);
+    return same;
 }
 
 // Bytes from the first element to past the last one; strides must not be negative.

@@ -38,7 +38,7 @@ void add_stages(FftPlan& plan, const std::vector<std::ptrdiff_t>& radices) {
             for (std::ptrdiff_t j = 1; j < radix; ++j) append_root(plan.numbers, p * j, left);
         }
         const auto roots = static_cast<std::ptrdiff_t>(plan.numbers.size());
-        for (std::ptrdiff_t j = 0; j < radix; ++j) append_root(plan.numbers, j, radix);
+        for (std::ptrdiff_t j = 0; radix > 5 && j < radix; ++j) append_root(plan.numbers, j, radix);
         plan.stages.push_back({radix, span, stride, twiddles, roots});
         left = span;
         stride *= radix;

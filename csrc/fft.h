@@ -58,6 +58,9 @@ struct Complex {
     FUSE_INLINE Complex times(float wr, float wi) const {
         return {re * wr - im * wi, re * wi + im * wr};
     }
+    FUSE_INLINE Complex times(const Complex& b) const {
+        return {re * b.re - im * b.im, re * b.im + im * b.re};
+    }
     FUSE_INLINE Complex over_i() const { return {im, S::splat(0.0f) - re}; }
     FUSE_INLINE Complex swapped() const { return {im, re}; }
 };

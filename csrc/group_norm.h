@@ -1,4 +1,4 @@
-// Group normalisation (Wu and He, ECCV 2018), a shift per channel and SiLU, float32.
+// Group normalisation (Wu and He, ECCV 2018), a shift per channel and SiLU, in float32.
 //
 //   y = (x - mean) / sqrt(var + eps) * weight + bias + shift,  out = y / (1 + e^-y)
 //
@@ -14,6 +14,7 @@
 
 #include "parallel.h"
 #include "simd.h"
+#include "storage.h"
 
 namespace fuse {
 
@@ -114,8 +115,9 @@ private:
 
 // x, out: (n, c, pixels); weight, bias: (c); shift: null or shift_stride numbers between pictures.
 struct GroupNorm {
-    const float *x, *weight, *bias, *shift;
-    float* out;
+    Numbers x;
+    const float *weight, *bias, *shift;
+    Results out;
     std::ptrdiff_t n, c, pixels, groups, shift_stride;
     double eps;
     bool silu;
@@ -133,12 +135,13 @@ inline void group_norm_silu(const GroupNorm& a) {
     std::vector<Moments> moments(static_cast<std::size_t>(std::min(batch, all)));
     for (std::ptrdiff_t g0 = 0; g0 < all; g0 += batch) {
         const std::ptrdiff_t count = std::min(batch, all - g0);
-        const float* x = a.x + g0 * length;
         parallel_for(count * blocks, 4, [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
+            float room[kNormBlock];
             for (std::ptrdiff_t i = begin; i < end; ++i) {
                 const std::ptrdiff_t first = i % blocks * kNormBlock;
-                dispatch<BlockMoments>(level, x + i / blocks * length + first,
-                                       std::min(kNormBlock, length - first), &parts[i]);
+                const std::ptrdiff_t n = std::min(kNormBlock, length - first);
+                const float* x = a.x.read((g0 + i / blocks) * length + first, n, room);
+                dispatch<BlockMoments>(level, x, n, &parts[i]);
             }
         });
         for (std::ptrdiff_t g = 0; g < count; ++g) {
@@ -158,11 +161,14 @@ inline void group_norm_silu(const GroupNorm& a) {
                 if (a.shift != nullptr) constant += a.shift[here / a.c * a.shift_stride + channel];
                 const std::ptrdiff_t at = here * a.pixels + first;
                 const auto f = static_cast<float>(scale), b = static_cast<float>(constant);
-                if (a.silu) {
-                    dispatch<NormApply<true>>(level, a.x + at, a.out + at, m, mean, f, b);
-                } else {
-                    dispatch<NormApply<false>>(level, a.x + at, a.out + at, m, mean, f, b);
-                }
+                float room[kStorageBlock];
+                for_each_block(a.x.storage, at, at + m, [&](std::ptrdiff_t i, std::ptrdiff_t n) {
+                    const float* x = a.x.read(i, n, room);
+                    float* to = a.out.place(i, room);
+                    if (a.silu) dispatch<NormApply<true>>(level, x, to, n, mean, f, b);
+                    else dispatch<NormApply<false>>(level, x, to, n, mean, f, b);
+                    a.out.keep(i, n, to);
+                });
             });
         });
     }

@@ -28,6 +28,8 @@ struct Wiener {
     const FftPlan *rows, *columns;
 };
 
+// What the passes do besides transforming. Rows come in units of two vectors: lane l is row l of
+// the first and, as imaginary part, row l of the second; y0 is a unit's first row.
 template <class Level>
 struct WienerTile {
     using S = typename Level::Simd;
@@ -35,107 +37,148 @@ struct WienerTile {
     using C = Complex<S>;
     static constexpr std::ptrdiff_t lanes = S::lanes, size = 2 * lanes;
 
-    // v[i] = column x0 + i of rows y0 .. y0 + lanes - 1; zeros outside of (h, w).
-    static FUSE_INLINE void load(const float* x, std::ptrdiff_t h, std::ptrdiff_t w,
-                                 std::ptrdiff_t y0, std::ptrdiff_t x0, F (&v)[S::lanes]) {
-        const std::ptrdiff_t present = std::min(lanes, w - x0);
+    // v[i] = column i of a tile of memory; zeros past the rows and columns that are left in it.
+    static FUSE_INLINE void load(const float* from, std::ptrdiff_t stride, std::ptrdiff_t rows,
+                                 std::ptrdiff_t columns, F (&v)[S::lanes]) {
         FUSE_UNROLL
         for (int i = 0; i < S::lanes; ++i) {
-            const float* from = x + (y0 + i) * w + x0;
-            if (y0 + i >= h) {
+            if (i >= rows) {
                 v[i] = S::splat(0.0f);
-            } else if (present == lanes) {
-                v[i] = S::load(from);
+            } else if (columns >= lanes) {
+                v[i] = S::load(from + i * stride);
             } else {
                 float part[S::lanes] = {};
-                std::copy_n(from, present, part);
+                std::copy_n(from + i * stride, columns, part);
                 v[i] = S::load(part);
             }
         }
         S::transpose(v);
     }
 
-    static FUSE_INLINE void store(float* out, std::ptrdiff_t h, std::ptrdiff_t w,
-                                  std::ptrdiff_t y0, std::ptrdiff_t x0, F (&v)[S::lanes]) {
+    static FUSE_INLINE void store(float* to, std::ptrdiff_t stride, std::ptrdiff_t rows,
+                                  std::ptrdiff_t columns, F (&v)[S::lanes]) {
         S::transpose(v);
-        const std::ptrdiff_t present = std::min(lanes, w - x0);
         FUSE_UNROLL
         for (int i = 0; i < S::lanes; ++i) {
-            float* to = out + (y0 + i) * w + x0;
-            if (y0 + i >= h) continue;
-            if (present == lanes) {
-                S::store(to, v[i]);
+            if (i >= rows) continue;
+            if (columns >= lanes) {
+                S::store(to + i * stride, v[i]);
             } else {
                 float part[S::lanes];
                 S::store(part, v[i]);
-                std::copy_n(part, present, to);
+                std::copy_n(part, columns, to + i * stride);
             }
         }
     }
 
-    // The same for one part (0 or 1) of a block of the half spectrum; rows outside stay away.
-    static FUSE_INLINE void load_block(const float* block, std::ptrdiff_t h, std::ptrdiff_t y0,
-                                       int part, F (&v)[S::lanes]) {
-        FUSE_UNROLL
-        for (int i = 0; i < S::lanes; ++i) {
-            v[i] = y0 + i < h ? S::load(block + (y0 + i) * size + part * lanes) : S::splat(0.0f);
+    // A unit of the picture to samples a + i b.
+    static FUSE_INLINE void load_rows(const Wiener& a, std::ptrdiff_t y0, float* samples) {
+        const float* from = a.x + y0 * a.w;
+        for (std::ptrdiff_t x0 = 0; x0 < a.w; x0 += lanes) {
+            F first[S::lanes], second[S::lanes];
+            load(from + x0, a.w, a.h - y0, a.w - x0, first);
+            load(from + lanes * a.w + x0, a.w, a.h - y0 - lanes, a.w - x0, second);
+            FUSE_UNROLL
+            for (int i = 0; i < S::lanes; ++i) {
+                C{first[i], second[i]}.store(samples + (x0 + i) * size);
+            }
         }
-        S::transpose(v);
     }
 
-    static FUSE_INLINE void store_block(float* block, std::ptrdiff_t h, std::ptrdiff_t y0, int part,
-                                        F (&v)[S::lanes]) {
-        S::transpose(v);
-        FUSE_UNROLL
-        for (int i = 0; i < S::lanes; ++i) {
-            if (y0 + i < h) S::store(block + (y0 + i) * size + part * lanes, v[i]);
+    // Samples b + i a, as an exchanged transform leaves them, to a unit of the picture.
+    static FUSE_INLINE void store_rows(const Wiener& a, std::ptrdiff_t y0, const float* samples) {
+        float* to = a.out + y0 * a.w;
+        for (std::ptrdiff_t x0 = 0; x0 < a.w; x0 += lanes) {
+            F first[S::lanes], second[S::lanes];
+            FUSE_UNROLL
+            for (int i = 0; i < S::lanes; ++i) {
+                const C sample = C::load(samples + (x0 + i) * size);
+                first[i] = sample.im;
+                second[i] = sample.re;
+            }
+            store(to + x0, a.w, a.h - y0, a.w - x0, first);
+            store(to + lanes * a.w + x0, a.w, a.h - y0 - lanes, a.w - x0, second);
         }
+    }
+
+    // The transform of a + i b to both rows of the half spectrum, doubled: the filter halves.
+    static FUSE_INLINE void split(const Wiener& a, std::ptrdiff_t y0, const float* transform) {
+        for (std::ptrdiff_t k0 = 0; k0 < a.half; k0 += lanes) {
+            float* to = a.blocks + (k0 / lanes * a.h + y0) * size;
+            for (int part = 0; part < 2; ++part) {
+                F first[S::lanes], second[S::lanes];
+                FUSE_UNROLL
+                for (int i = 0; i < S::lanes; ++i) {
+                    // Columns past the half are transformed for nothing; any number will do.
+                    const std::ptrdiff_t k = std::min(k0 + i, a.half - 1);
+                    const C z = C::load(transform + k * size);
+                    const C mirror = C::load(transform + (k == 0 ? 0 : a.w - k) * size);
+                    first[i] = part == 0 ? z.re + mirror.re : z.im - mirror.im;
+                    second[i] = part == 0 ? z.im + mirror.im : mirror.re - z.re;
+                }
+                store(to + part * lanes, size, a.h - y0, lanes, first);
+                store(to + (size + part) * lanes, size, a.h - y0 - lanes, lanes, second);
+            }
+        }
+    }
+
+    // The other way: A + i B for all w columns, exchanged, from rows whose parts are exchanged.
+    static FUSE_INLINE void merge(const Wiener& a, std::ptrdiff_t y0, float* transform) {
+        for (std::ptrdiff_t k0 = 0; k0 < a.half; k0 += lanes) {
+            const float* from = a.blocks + (k0 / lanes * a.h + y0) * size;
+            F a_im[S::lanes], a_re[S::lanes], b_im[S::lanes], b_re[S::lanes];
+            load(from, size, a.h - y0, lanes, a_im);
+            load(from + lanes, size, a.h - y0, lanes, a_re);
+            load(from + lanes * size, size, a.h - y0 - lanes, lanes, b_im);
+            load(from + lanes * size + lanes, size, a.h - y0 - lanes, lanes, b_re);
+            const std::ptrdiff_t present = std::min(lanes, a.half - k0);
+            for (std::ptrdiff_t i = 0; i < present; ++i) {
+                const std::ptrdiff_t k = k0 + i;
+                float* to = transform + k * size;
+                if (k == 0 || 2 * k == a.w) {
+                    C{b_re[i], a_re[i]}.store(to);
+                    continue;
+                }
+                C{a_im[i] + b_re[i], a_re[i] - b_im[i]}.store(to);
+                C{b_re[i] - a_im[i], a_re[i] + b_im[i]}.store(transform + (a.w - k) * size);
+            }
+        }
+    }
+
+    // G of row y and a vector of columns from k0, times scale; zeros past the half.
+    static FUSE_INLINE C gain(const Wiener& a, std::ptrdiff_t y, std::ptrdiff_t k0, float scale) {
+        const std::ptrdiff_t pair = a.complex_spectrum ? 2 : 1;
+        const float* from = a.spectrum + (y * a.half + k0) * pair;
+        float part[size];
+        if (a.half - k0 < lanes) {
+            std::fill_n(part, size, 0.0f);
+            std::copy_n(from, (a.half - k0) * pair, part);
+            from = part;
+        }
+        if (!a.complex_spectrum) return {S::load(from) * scale, S::splat(0.0f)};
+        const F low = S::load(from), high = S::load(from + lanes);
+        return {S::even(low, high) * scale, S::odd(low, high) * scale};
     }
 };
 
-// Rows [begin, end) in units of two vectors: lane l is row l of the first and of the second.
+// Units [begin, end) of rows: to the half spectrum or back.
+template <bool back>
 struct WienerRows {
     template <class Level>
     static FUSE_INLINE void run(const Wiener* a, std::ptrdiff_t begin, std::ptrdiff_t end) {
         using T = WienerTile<Level>;
-        using S = typename T::S;
-        using F = typename T::F;
         constexpr std::ptrdiff_t lanes = T::lanes, size = T::size;
-        const std::ptrdiff_t h = a->h, w = a->w;
-        const std::ptrdiff_t padded = (w + lanes - 1) / lanes * lanes;
-        const Scratch source(padded * size), scratch(w * size), result(w * size),
+        const std::ptrdiff_t w = a->w, padded = (w + lanes - 1) / lanes * lanes;
+        const Scratch source(padded * size), scratch(w * size), result(padded * size),
             work(a->rows->work() * size);
-        for (std::ptrdiff_t y0 = begin * size; y0 < std::min(h, end * size); y0 += size) {
-            for (std::ptrdiff_t x0 = 0; x0 < w; x0 += lanes) {
-                F first[S::lanes], second[S::lanes];
-                T::load(a->x, h, w, y0, x0, first);
-                T::load(a->x, h, w, y0 + lanes, x0, second);
-                FUSE_UNROLL
-                for (int i = 0; i < S::lanes; ++i) {
-                    S::store(source.data() + (x0 + i) * size, first[i]);
-                    S::store(source.data() + (x0 + i) * size + lanes, second[i]);
-                }
-            }
-            fft<S>(*a->rows, source.data(), scratch.data(), result.data(), work.data());
-            for (std::ptrdiff_t k0 = 0; k0 < a->half; k0 += lanes) {
-                float* block = a->blocks + k0 / lanes * h * size;
-                for (int part = 0; part < 2; ++part) {
-                    F first[S::lanes], second[S::lanes];
-                    FUSE_UNROLL
-                    for (int i = 0; i < S::lanes; ++i) {
-                        // Columns past the half are transformed for nothing; any number will do.
-                        const std::ptrdiff_t k = std::min(k0 + i, a->half - 1);
-                        const std::ptrdiff_t mirror = k == 0 ? 0 : w - k;
-                        const auto z = T::C::load(result.data() + k * size);
-                        const auto m = T::C::load(result.data() + mirror * size);
-                        // Twice A and B; the half is in the filter.
-                        first[i] = part == 0 ? z.re + m.re : z.im - m.im;
-                        second[i] = part == 0 ? z.im + m.im : m.re - z.re;
-                    }
-                    T::store_block(block, h, y0, part, first);
-                    T::store_block(block, h, y0 + lanes, part, second);
-                }
-            }
+        // Read with the last whole vector of a row, never kept.
+        std::fill_n(result.data() + w * size, (padded - w) * size, 0.0f);
+        for (std::ptrdiff_t y0 = begin * size; y0 < std::min(a->h, end * size); y0 += size) {
+            if constexpr (back) T::merge(*a, y0, source.data());
+            else T::load_rows(*a, y0, source.data());
+            fft<typename T::S>(*a->rows, source.data(), scratch.data(), result.data(), work.data());
+            if constexpr (back) T::store_rows(*a, y0, result.data());
+            else T::split(*a, y0, result.data());
         }
     }
 };
@@ -146,93 +189,20 @@ struct WienerColumns {
     static FUSE_INLINE void run(const Wiener* a, std::ptrdiff_t begin, std::ptrdiff_t end) {
         using T = WienerTile<Level>;
         using S = typename T::S;
-        using F = typename T::F;
         constexpr std::ptrdiff_t lanes = T::lanes, size = T::size;
         const std::ptrdiff_t h = a->h;
         const Scratch scratch(h * size), result(h * size), work(a->columns->work() * size);
-        const float scale = 0.5f / static_cast<float>(static_cast<double>(h) *
-                                                      static_cast<double>(a->w));
-        const std::ptrdiff_t pair = a->complex_spectrum ? 2 : 1;
+        const auto pixels = static_cast<double>(h) * static_cast<double>(a->w);
+        const auto scale = static_cast<float>(0.5 / pixels);
         for (std::ptrdiff_t b = begin; b < end; ++b) {
             float* block = a->blocks + b * h * size;
             fft<S>(*a->columns, block, scratch.data(), result.data(), work.data());
-            const std::ptrdiff_t present = std::min(lanes, a->half - b * lanes);
             for (std::ptrdiff_t y = 0; y < h; ++y) {
-                const float* g = a->spectrum + (y * a->half + b * lanes) * pair;
-                float part[2 * S::lanes] = {};
-                if (present < lanes) {
-                    std::copy_n(g, present * pair, part);
-                    g = part;
-                }
-                const auto z = T::C::load(result.data() + y * size);
-                F re = z.re, im = z.im;
-                if (a->complex_spectrum) {
-                    const F low = S::load(g), high = S::load(g + lanes);
-                    const F gr = S::even(low, high) * scale, gi = S::odd(low, high) * scale;
-                    re = z.re * gr - z.im * gi;
-                    im = z.re * gi + z.im * gr;
-                } else {
-                    const F gr = S::load(g) * scale;
-                    re = z.re * gr;
-                    im = z.im * gr;
-                }
-                S::store(result.data() + y * size, im);
-                S::store(result.data() + y * size + lanes, re);
+                float* at = result.data() + y * size;
+                const auto gain = T::gain(*a, y, b * lanes, scale);
+                T::C::load(at).times(gain).swapped().store(at);
             }
             fft<S>(*a->columns, result.data(), scratch.data(), block, work.data());
-        }
-    }
-};
-
-// Rows back, in the same units.
-struct WienerRowsBack {
-    template <class Level>
-    static FUSE_INLINE void run(const Wiener* a, std::ptrdiff_t begin, std::ptrdiff_t end) {
-        using T = WienerTile<Level>;
-        using S = typename T::S;
-        using F = typename T::F;
-        constexpr std::ptrdiff_t lanes = T::lanes, size = T::size;
-        const std::ptrdiff_t h = a->h, w = a->w;
-        const std::ptrdiff_t padded = (w + lanes - 1) / lanes * lanes;
-        const Scratch source(w * size), scratch(w * size), result(padded * size),
-            work(a->rows->work() * size);
-        std::fill_n(result.data(), padded * size, 0.0f);
-        for (std::ptrdiff_t y0 = begin * size; y0 < std::min(h, end * size); y0 += size) {
-            for (std::ptrdiff_t k0 = 0; k0 < a->half; k0 += lanes) {
-                const float* block = a->blocks + k0 / lanes * h * size;
-                // Parts are exchanged: 1 is the real one. First and second row: A and B.
-                F are[S::lanes], aim[S::lanes], bre[S::lanes], bim[S::lanes];
-                T::load_block(block, h, y0, 1, are);
-                T::load_block(block, h, y0, 0, aim);
-                T::load_block(block, h, y0 + lanes, 1, bre);
-                T::load_block(block, h, y0 + lanes, 0, bim);
-                const std::ptrdiff_t present = std::min(lanes, a->half - k0);
-                for (std::ptrdiff_t i = 0; i < present; ++i) {
-                    const std::ptrdiff_t k = k0 + i;
-                    float* to = source.data() + k * size;
-                    if (k == 0 || 2 * k == w) {
-                        S::store(to, bre[i]);
-                        S::store(to + lanes, are[i]);
-                        continue;
-                    }
-                    S::store(to, aim[i] + bre[i]);
-                    S::store(to + lanes, are[i] - bim[i]);
-                    float* mirror = source.data() + (w - k) * size;
-                    S::store(mirror, bre[i] - aim[i]);
-                    S::store(mirror + lanes, are[i] + bim[i]);
-                }
-            }
-            fft<S>(*a->rows, source.data(), scratch.data(), result.data(), work.data());
-            for (std::ptrdiff_t x0 = 0; x0 < w; x0 += lanes) {
-                F first[S::lanes], second[S::lanes];
-                FUSE_UNROLL
-                for (int i = 0; i < S::lanes; ++i) {
-                    first[i] = S::load(result.data() + (x0 + i) * size + lanes);
-                    second[i] = S::load(result.data() + (x0 + i) * size);
-                }
-                T::store(a->out, h, w, y0, x0, first);
-                T::store(a->out, h, w, y0 + lanes, x0, second);
-            }
         }
     }
 };
@@ -260,13 +230,13 @@ inline void wiener_filter(Wiener a, std::ptrdiff_t pictures) {
     a.blocks = blocks.data();
     for (std::ptrdiff_t n = 0; n < pictures; ++n) {
         parallel_for(rows, 1, [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
-            dispatch<WienerRows>(level, &a, begin, end);
+            dispatch<WienerRows<false>>(level, &a, begin, end);
         });
         parallel_for(columns, 1, [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
             dispatch<WienerColumns>(level, &a, begin, end);
         });
         parallel_for(rows, 1, [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
-            dispatch<WienerRowsBack>(level, &a, begin, end);
+            dispatch<WienerRows<true>>(level, &a, begin, end);
         });
         a.x += a.h * a.w;
         a.out += a.h * a.w;

@@ -8,14 +8,17 @@ from numpy.typing import NDArray
 # uint8, uint16, float32 or float64, (H, W) or (H, W, 3): pixels adjacent, rows ascending.
 Frame: TypeAlias = NDArray[Any]
 Float32: TypeAlias = NDArray[np.float32]
+# float32, float16, or bfloat16 as a NumPy type of that name or as its bits in uint16: one type for
+# all arrays of a call. Arithmetic is float32's, rounded once.
+Stored: TypeAlias = NDArray[Any]
 
 def compose_priors(
-    x: Float32,
-    eps_a: Float32,
-    eps_b: Float32,
-    weight: Float32,
-    out: Float32,
-    x0_a: Float32 | None = None,
+    x: Stored,
+    eps_a: Stored,
+    eps_b: Stored,
+    weight: Stored,
+    out: Stored,
+    x0_a: Stored | None = None,
     *,
     sqrt_abar: float,
     sqrt_one_minus_abar: float,
@@ -24,10 +27,10 @@ def compose_priors(
 ) -> None: ...
 def criss_cross_attention(q: Float32, k: Float32, v: Float32, out: Float32) -> None: ...
 def ddim_step(
-    x: Float32,
-    eps: Float32,
-    noise: Float32 | None,
-    out: Float32,
+    x: Stored,
+    eps: Stored,
+    noise: Stored | None,
+    out: Stored,
     *,
     sqrt_abar: float,
     sqrt_one_minus_abar: float,
@@ -35,27 +38,29 @@ def ddim_step(
     direction: float,
     sigma: float = 0.0,
 ) -> None: ...
-def frame_in(src: Frame, out: Float32, *, low: float = 0.0, scale: float) -> bool: ...
+def frame_in(
+    src: Frame, out: Float32, *, low: float = 0.0, scale: float, ycbcr: bool = False
+) -> bool: ...
 def frame_out(fused: Float32, visible: Frame | None, out: Frame) -> None: ...
 def frame_range(src: Frame) -> tuple[float, float, bool]: ...
 def group_norm_silu(
-    x: Float32,
+    x: Stored,
     weight: Float32,
     bias: Float32,
     shift: Float32 | None,
-    out: Float32,
+    out: Stored,
     *,
     groups: int,
     eps: float,
     silu: bool = True,
 ) -> None: ...
 def joint_ddim_step(
-    x: Float32,
-    eps: Float32,
-    mask: Float32,
-    y1: Float32,
-    y2: Float32,
-    out: Float32,
+    x: Stored,
+    eps: Stored,
+    mask: Stored,
+    y1: Stored,
+    y2: Stored,
+    out: Stored,
     *,
     sqrt_abar: float,
     sqrt_one_minus_abar: float,
@@ -65,7 +70,24 @@ def joint_ddim_step(
     form: int,
 ) -> None: ...
 def num_threads() -> int: ...
+def pad_reflect(x: Float32, out: Float32) -> None: ...
+def phase_energy(
+    real: NDArray[np.float64],
+    imaginary: NDArray[np.float64],
+    energy: NDArray[np.float64],
+    spread: NDArray[np.float64],
+    amplitude: NDArray[np.float64],
+    power: NDArray[np.float64],
+    *,
+    tiny: float,
+) -> None: ...
+def rgb_to_ycbcr(x: Float32, out: Float32) -> None: ...
 def set_num_threads(count: int) -> None: ...
+def warp(x: Float32, coordinates: Float32, out: Float32, *, clamp: bool = False) -> None: ...
+def ycbcr_to_rgb(x: Float32, out: Float32) -> None: ...
+def window_information(
+    x: NDArray[np.float64], f: NDArray[np.float64], out: NDArray[np.float64]
+) -> None: ...
 def wiener_filter(x: Float32, spectrum: NDArray[np.complex64] | Float32, out: Float32) -> None: ...
 def set_simd_level(level: str) -> None: ...
 def simd_level() -> str: ...
