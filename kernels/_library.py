@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _library = torch.library.Library("fuse", "DEF")
@@ -40,3 +42,13 @@ def needs_reference(*arguments: object) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(a, Tensor) and a.requires_grad for a in arguments
     )
+
+
+def native_array(x: Tensor) -> NDArray[Any]:
+    """A CPU tensor as the native kernels take it: a view, bfloat16 as its bits in uint16."""
+    x = x.detach()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What native kernels keep in memory; they compute in float32."""

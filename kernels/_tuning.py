@@ -2,7 +2,9 @@
 
 ``tuning.json`` holds safe defaults per dtype and, per compute capability, entries that were
 measured by ``python -m benchmarks.gpu_ops --tune``. The nearest entry in size (in octaves) of the
-same capability and dtype is taken; without one, the default.
+same capability and dtype is taken; without one, the default. Sizes are told apart by the nearest
+power of two only, so that trying one size per octave finds all settings that a GPU may ask for
+(:mod:`fuseengine.kernels.aot`).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def table() -> dict[str, Any]:
     return json.loads(PATH.read_text(encoding="utf-8"))["ops"]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def choose(op: str, dtype: torch.dtype, capability: int, work: int) -> dict[str, Any]:
     """Settings for an op.
 
@@ -46,8 +48,10 @@ def choose(op: str, dtype: torch.dtype, capability: int, work: int) -> dict[str,
     rows = table()[op]
     chosen = dict(rows["defaults"][name])
 
+    octave = round(math.log2(max(work, 1)))
+
     def distance(entry: dict[str, Any]) -> float:
-        return abs(math.log2(max(work, 1) / entry["work"]))
+        return abs(octave - math.log2(entry["work"]))
 
     fitting = [
         entry

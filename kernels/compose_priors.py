@@ -25,7 +25,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fuseengine import _native
 from fuseengine.errors import SettingError
 from fuseengine.kernels import _tuning
-from fuseengine.kernels._library import needs_reference, register
+from fuseengine.kernels._library import NATIVE_DTYPES, native_array, needs_reference, register
 from fuseengine.kernels._triton import (
     Launch,
     blocks,
@@ -184,6 +184,15 @@ def plan(
     pixels = x.shape[2] * x.shape[3]
     if settings is None:
         settings = _tuning.choose("compose_priors", x.dtype, capability, batch * pixels)
+    strides = {
+        "x_batch": x.stride(0),
+        "x_plane": x.stride(1),
+        "a_batch": eps_a.stride(0),
+        "a_plane": eps_a.stride(1),
+        "b_batch": eps_b.stride(0),
+        "b_plane": eps_b.stride(1),
+        "weight_batch": weight.stride(0),
+    }
     return [
         Launch(
             kernel=compose_priors_kernel,
@@ -198,18 +207,13 @@ def plan(
                 "out": out,
                 "pixels": pixels,
                 "channels": channels,
-                "x_batch": x.stride(0),
-                "x_plane": x.stride(1),
-                "a_batch": eps_a.stride(0),
-                "a_plane": eps_a.stride(1),
-                "b_batch": eps_b.stride(0),
-                "b_plane": eps_b.stride(1),
-                "weight_batch": weight.stride(0),
+                **strides,
                 "scale_x": coefficients[0],
                 "scale_eps": coefficients[1],
             },
             constants={"BLOCK": settings["block"]},
             num_warps=settings["num_warps"],
+            multiples=("pixels", *strides),
         )
     ]
 
@@ -239,13 +243,13 @@ def coefficients(a: float, b: float, c: float, d: float, form: str) -> tuple[flo
 
 
 def _cpu(x, eps_a, eps_b, weight, a, b, c, d, form):
-    if x.dtype != torch.float32 or not x.numel() or not hasattr(_native, "compose_priors"):
+    if x.dtype not in NATIVE_DTYPES or not x.numel() or not hasattr(_native, "compose_priors"):
         return _general(x, eps_a, eps_b, weight, a, b, c, d, form)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    arrays = (t.contiguous().numpy() for t in (x, eps_a, eps_b, weight))
+    arrays = (native_array(t.contiguous()) for t in (x, eps_a, eps_b, weight))
     _native.compose_priors(
         *arrays,
-        out.numpy(),
+        native_array(out),
         sqrt_abar=a,
         sqrt_one_minus_abar=b,
         sqrt_abar_prev=c,

@@ -41,6 +41,7 @@ from fuseengine import _native
 from fuseengine.errors import SettingError
 from fuseengine.kernels import _tuning
 from fuseengine.kernels._library import needs_reference, register
+from fuseengine.kernels._planes import dense_rows
 from fuseengine.kernels._triton import (
     Launch,
     blocks,
@@ -259,18 +260,15 @@ def criss_cross_line(
         mask=rows_in[:, None] & (inner < queries),
         other=0.0,
     )  # [M, Q]
-    result = out + batch * out_batch + line * out_line
-    result += wide_rows[:, None] * out_step + outer * out_channel  # [M, C]
-    result_in = rows_in[:, None] & (outer < channels)
     level = lse + batch * lse_batch + line * lse_line + wide_rows * lse_step  # [M]
     if SECOND:
-        peak = tl.load(level, mask=rows_in, other=0.0)
+        first = tl.load(level, mask=rows_in, other=0.0)
         total = tl.full([BLOCK_M], 1.0, tl.float32)
-        acc = tl.load(result, mask=result_in, other=0.0).to(tl.float32)
     else:
-        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        first = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    peak = first
+    acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
 
     keys = k + batch * k_batch + line * k_line + inner[:, None] * k_channel
     values = v + batch * v_batch + line * v_line + outer[None, :] * v_channel
@@ -302,6 +300,13 @@ def criss_cross_line(
         )
         peak = higher
 
+    result = out + batch * out_batch + line * out_line
+    result += wide_rows[:, None] * out_step + outer * out_channel  # [M, C]
+    result_in = rows_in[:, None] & (outer < channels)
+    if SECOND:
+        # Not before the loop: its addresses alone would hold a fourth of the registers there.
+        before = tl.load(result, mask=result_in, other=0.0).to(tl.float32)
+        acc += before * tl.exp2(first - peak)[:, None]
     tl.store(result, (acc / total[:, None]).to(out.dtype.element_ty), mask=result_in)
     if not SECOND:
         # Programs of all channel blocks store the same numbers.
@@ -318,10 +323,12 @@ def turn_planes(
     x_batch,
     x_channel,
     x_row,
-    x_column,
     BLOCK: tl.constexpr,
 ) -> None:
-    """A BLOCK x BLOCK tile of ``out[n, c, j, i] = x[n, c, i, j]``; ``out`` is contiguous."""
+    """A BLOCK x BLOCK tile of ``out[n, c, j, i] = x[n, c, i, j]``.
+
+    Rows of x are dense, ``out`` is contiguous.
+    """
     down, across = tl.cdiv(rows, BLOCK), tl.cdiv(columns, BLOCK)
     program = tl.program_id(0)
     plane = (program // (down * across)).to(tl.int64)
@@ -330,23 +337,47 @@ def turn_planes(
     j = ((program % across) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
     inside = (i < rows) & (j < columns)
     source = x + (plane // channels) * x_batch + (plane % channels) * x_channel
-    tile = tl.load(source + i * x_row + j * x_column, mask=inside)
+    tile = tl.load(source + i * x_row + j, mask=inside)
     tl.store(out + (plane * columns + j) * rows + i, tile, mask=inside)
+
+
+_TURNED = 64
+"""Side of a tile that is turned: a row of it is 128 bytes, a cache line, in half precision."""
 
 
 def _turn(x: Tensor, out: Tensor, label: str) -> Launch:
     batch, channels, rows, columns = x.shape
-    block = power_of_two(min(rows, columns), least=16, most=64)
-    names = ("x_batch", "x_channel", "x_row", "x_column")
-    sizes = {"rows": rows, "columns": columns, "channels": channels}
+    strides = dict(zip(("x_batch", "x_channel", "x_row"), x.stride(), strict=False))
+    sizes = {"rows": rows, "columns": columns}
     return Launch(
         kernel=turn_planes,
         label=label,
-        grid=(batch * channels * blocks(rows, block) * blocks(columns, block),),
+        grid=(batch * channels * blocks(rows, _TURNED) * blocks(columns, _TURNED),),
         grid_rule="(batch * channels * ceil(rows / BLOCK) * ceil(columns / BLOCK),)",
-        arguments={"x": x, "out": out, **sizes, **dict(zip(names, x.stride(), strict=True))},
-        constants={"BLOCK": block},
+        arguments={"x": x, "out": out, **sizes, "channels": channels, **strides},
+        constants={"BLOCK": _TURNED},
+        multiples=(*sizes, *strides),
     )
+
+
+def _channel_blocks(queries: int, channels: int, settings: dict[str, Any]) -> tuple[int, int]:
+    return (
+        power_of_two(queries, least=16),
+        power_of_two(channels, least=16, most=settings["block_c"]),
+    )
+
+
+def _settings(q: Tensor, v: Tensor, capability: int) -> dict[str, Any]:
+    """The tuning table's, made to fit the registers for channels that it does not look at."""
+    settings = _tuning.choose("criss_cross_attention", q.dtype, capability, q.shape[2] * q.shape[3])
+    block_q, block_c = _channel_blocks(q.shape[1], v.shape[1], settings)
+    if q.dtype != torch.float32 or (block_q == 16 and block_c <= 32):
+        return settings
+    # Three TF32 products keep each tile in two parts; these sizes spill neither on 8.x nor on 9.0.
+    # A warp has 16 rows of the products: with fewer rows than that, warps would do the same work.
+    if block_q == 16:
+        return settings | {"block_m": 128, "block_n": 16, "num_warps": 8}
+    return settings | {"block_n": 16, "num_stages": 3 if block_c >= block_q else 2}
 
 
 def _pass(
@@ -354,23 +385,23 @@ def _pass(
 ) -> Launch:
     batch, queries, lines, length = q.shape
     channels = v.shape[1]
-    block_m = power_of_two(length, least=16, most=settings["block_m"])
-    block_n = power_of_two(length, least=16, most=settings["block_n"])
-    block_c = power_of_two(channels, least=16, most=settings["block_c"])
-    block_q = power_of_two(queries, least=16)
-    if q.dtype == torch.float32 and block_q > 16:
-        # Three TF32 products keep each tile in two parts: wider ones spill on 8.x.
-        block_n = 16
+    block_m, block_n = settings["block_m"], settings["block_n"]
+    block_q, block_c = _channel_blocks(queries, channels, settings)
     strides = {
         f"{name}_{axis}": stride
         for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out))
         for axis, stride in zip(("batch", "channel", "line", "step"), tensor.stride(), strict=True)
     }
+    dense, multiples = {}, ()
+    if length == 1 or all(tensor.stride(3) == 1 for tensor in (q, k, v, out)):
+        dense = dict.fromkeys(("q_step", "k_step", "v_step", "out_step"), 1)
+        strides = {name: stride for name, stride in strides.items() if name not in dense}
+        multiples = ("length", *strides)
     strides |= zip(("lse_batch", "lse_line", "lse_step"), lse.stride(), strict=True)
     sizes = {"length": length, "lines": lines, "queries": queries, "channels": channels}
     return Launch(
         kernel=criss_cross_line,
-        label=label,
+        label=label if dense else f"{label}, strided",
         grid=(batch * lines * blocks(length, block_m), blocks(channels, block_c)),
         grid_rule="(batch * lines * ceil(length / BLOCK_M), ceil(channels / BLOCK_C))",
         arguments={"q": q, "k": k, "v": v, "out": out, "lse": lse, **sizes, **strides},
@@ -381,9 +412,11 @@ def _pass(
             "BLOCK_Q": block_q,
             "BLOCK_C": block_c,
             "PRECISION": settings["precision"],
+            **dense,
         },
         num_warps=settings["num_warps"],
         num_stages=settings["num_stages"],
+        multiples=multiples,
     )
 
 
@@ -400,10 +433,10 @@ def plan(
     """The launches of the op.
 
     Args:
-        q: queries, (N, Cq, H, W).
-        k: keys.
-        v: values, (N, C, H, W).
-        out: result, v's shape; overlaps no input.
+        q: queries, (N, Cq, H, W), rows dense.
+        k: keys, as q.
+        v: values, (N, C, H, W), rows dense.
+        out: result, v's shape, contiguous; overlaps no input.
         lse: scratch, (N, H, W) float32.
         capability: compute capability as two digits.
         settings: instead of the tuning table's, for tuning itself.
@@ -412,9 +445,7 @@ def plan(
         Column pass, row pass, with turned copies before and between them.
     """
     if settings is None:
-        settings = _tuning.choose(
-            "criss_cross_attention", q.dtype, capability, q.shape[2] * q.shape[3]
-        )
+        settings = _settings(q, v, capability)
     if not settings["turn"]:
         turned = (t.transpose(2, 3) for t in (q, k, v, out))
         return [
@@ -441,6 +472,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     if out.numel() == 0:
         return out
     lse = torch.empty((q.shape[0], *q.shape[2:]), dtype=torch.float32, device=q.device)
+    q, k, v = (dense_rows(t) for t in (q, k, v))
     run(plan(q, k, v, out, lse, **options), q.device)
     return out
 

@@ -21,7 +21,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fuseengine import _native
 from fuseengine.errors import SettingError
 from fuseengine.kernels import _tuning
-from fuseengine.kernels._library import needs_reference, register
+from fuseengine.kernels._library import NATIVE_DTYPES, native_array, needs_reference, register
 from fuseengine.kernels._triton import Launch, blocks, device_capability, kernel, run, usable
 
 if TYPE_CHECKING:
@@ -183,6 +183,7 @@ def plan(
             },
             constants={"BLOCK": settings["block"]},
             num_warps=settings["num_warps"],
+            multiples=("count",),
         )
     ]
 
@@ -198,9 +199,10 @@ def launch(
     out = torch.empty_like(x)
     if out.numel() == 0:
         return out
-    # The kernel walks through memory: operands in out's order are taken as they are.
+    # The kernel walks through memory: operands in out's order and dtype are taken as they are.
     given = [
-        t if t is None or t.stride() == out.stride() else _like(t, out) for t in (x, eps, noise)
+        t if t is None or (t.stride(), t.dtype) == (out.stride(), out.dtype) else _like(t, out)
+        for t in (x, eps, noise)
     ]
     run(plan(*given, out, coefficients, **options), x.device)
     return out
@@ -215,13 +217,15 @@ def _like(x: Tensor, out: Tensor) -> Tensor:
 
 def _cpu(x, eps, a, b, c, d, noise=None, sigma=0.0):
     tensors = [t for t in (x, eps, noise) if t is not None]
-    plain = all(t.dtype == torch.float32 and t.ndim and t.is_contiguous() for t in tensors)
+    plain = x.dtype in NATIVE_DTYPES and all(
+        t.dtype == x.dtype and t.ndim and t.is_contiguous() for t in tensors
+    )
     if plain and x.numel() and hasattr(_native, "ddim_step"):
         out = torch.empty_like(x)
-        arrays = (t if t is None else t.numpy() for t in (x, eps, noise))
+        arrays = (t if t is None else native_array(t) for t in (x, eps, noise))
         _native.ddim_step(
             *arrays,
-            out.numpy(),
+            native_array(out),
             sqrt_abar=a,
             sqrt_one_minus_abar=b,
             sqrt_abar_prev=c,

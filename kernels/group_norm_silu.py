@@ -30,7 +30,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fuseengine import _native
 from fuseengine.errors import SettingError
 from fuseengine.kernels import _tuning
-from fuseengine.kernels._library import needs_reference, register
+from fuseengine.kernels._library import native_array, needs_reference, register
 from fuseengine.kernels._triton import (
     Launch,
     blocks,
@@ -332,13 +332,13 @@ def plan(
     x_batch, x_channel, x_pixel = x.stride(0), x.stride(1), x.stride(3)
     if x.is_contiguous():  # a size of 1 leaves strides open
         x_batch, x_channel, x_pixel = channels * pixels, pixels, 1
+    # Few shapes of blocks, so that few kernels serve every size and number of channels.
     block = settings["block"]
     if x_pixel == 1:
-        block_p = power_of_two(pixels, least=16, most=block)
-        block_c = power_of_two(channels, most=max(1, block // block_p))
+        block_c = 1 if pixels > block // 2 else min(8, block)
     else:
-        block_c = power_of_two(channels, most=min(64, block))
-        block_p = power_of_two(pixels, most=max(1, block // block_c))
+        block_c = power_of_two(channels, least=min(16, block), most=min(64, block))
+    block_p = block // block_c
     channel_blocks = batch * blocks(channels, block_c)
     pieces = max(1, min(blocks(settings["programs"], channel_blocks), blocks(pixels, block_p)))
     piece = blocks(blocks(pixels, pieces), block_p) * block_p
@@ -346,10 +346,16 @@ def plan(
     per_group = channels // groups
     partial = torch.empty((3, batch, channels, pieces), dtype=torch.float32, device=x.device)
     moments = torch.empty((3, batch, groups), dtype=torch.float32, device=x.device)
-    strides = {"x_batch": x_batch, "x_channel": x_channel, "x_pixel": x_pixel}
     sizes = {"pieces": pieces, "piece": piece}
     tile = {"BLOCK_C": block_c, "BLOCK_P": block_p}
-    layout = "planes" if x_pixel == 1 else "channels_last"
+    if x_pixel == 1:
+        layout, next_to = "planes", "x_pixel"
+        strides = {"x_batch": x_batch, "x_channel": x_channel}
+        rows = ("pixels", *strides)
+    else:
+        layout, next_to = "channels_last", "x_channel"
+        strides = {"x_batch": x_batch, "x_pixel": x_pixel}
+        rows = ("channels", *strides)
     in_batch = "batch * ceil(channels / BLOCK_C)"
     return [
         Launch(
@@ -366,8 +372,9 @@ def plan(
                 **strides,
                 "partial_size": partial[0].numel(),
             },
-            constants=tile,
+            constants={next_to: 1, **tile},
             num_warps=settings["num_warps"],
+            multiples=(*rows, "piece"),
         ),
         Launch(
             kernel=group_norm_merge,
@@ -383,7 +390,8 @@ def plan(
                 "partial_size": partial[0].numel(),
                 "eps": eps,
             },
-            constants={"BLOCK": power_of_two(per_group * pieces, least=32, most=1024)},
+            constants={"BLOCK": 256},
+            multiples=(),
         ),
         Launch(
             kernel=group_norm_apply,
@@ -406,8 +414,9 @@ def plan(
                 "shift_batch": 0 if shift is None or shift.shape[0] == 1 else channels,
                 **strides,
             },
-            constants={"SILU": silu, **tile},
+            constants={"SILU": silu, next_to: 1, **tile},
             num_warps=settings["num_warps"],
+            multiples=rows,
         ),
     ]
 
@@ -462,11 +471,16 @@ def _cuda(x, weight, bias, shift, groups, eps, silu):
 def _cpu(x, weight, bias, shift, groups, eps, silu):
     if x.dtype == torch.float64 or x.numel() == 0 or not hasattr(_native, "group_norm_silu"):
         return _general(x, weight, bias, shift, groups, eps, silu)
-    out = torch.empty(x.shape, dtype=torch.float32)
-    given = (
-        None if t is None else t.float().contiguous().numpy() for t in (x, weight, bias, shift)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    given = (None if t is None else t.float().contiguous().numpy() for t in (weight, bias, shift))
+    _native.group_norm_silu(
+        native_array(x.contiguous()),
+        *given,
+        native_array(out),
+        groups=groups,
+        eps=eps,
+        silu=silu,
     )
-    _native.group_norm_silu(*given, out.numpy(), groups=groups, eps=eps, silu=silu)
     result = _result(x)
     same = out.dtype == result.dtype and out.stride() == result.stride()
     return out if same else result.copy_(out)

@@ -23,7 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fuseengine import _native
 from fuseengine.errors import SettingError
 from fuseengine.kernels import _tuning
-from fuseengine.kernels._library import needs_reference, register
+from fuseengine.kernels._library import NATIVE_DTYPES, native_array, needs_reference, register
 from fuseengine.kernels._triton import (
     Launch,
     blocks,
@@ -209,6 +209,16 @@ def plan(
     if settings is None:
         settings = _tuning.choose("joint_ddim_step", x.dtype, capability, x.shape[0] * pixels)
     a, b, c, d, lam = numbers
+    sizes = {
+        "pixels": pixels,
+        "x_batch": x.stride(0),
+        "x_plane": x.stride(1),
+        "eps_batch": eps.stride(0),
+        "eps_plane": eps.stride(1),
+        "mask_batch": mask.stride(0),
+        "y1_batch": y1.stride(0),
+        "y2_batch": y2.stride(0),
+    }
     return [
         Launch(
             kernel=joint_ddim_step_kernel,
@@ -222,14 +232,7 @@ def plan(
                 "y1": y1,
                 "y2": y2,
                 "out": out,
-                "pixels": pixels,
-                "x_batch": x.stride(0),
-                "x_plane": x.stride(1),
-                "eps_batch": eps.stride(0),
-                "eps_plane": eps.stride(1),
-                "mask_batch": mask.stride(0),
-                "y1_batch": y1.stride(0),
-                "y2_batch": y2.stride(0),
+                **sizes,
                 "inverse": 1.0 / a,
                 "noise": b,
                 "signal_prev": c,
@@ -238,6 +241,7 @@ def plan(
             },
             constants={"CODE": form == "code", "BLOCK": settings["block"]},
             num_warps=settings["num_warps"],
+            multiples=tuple(sizes),
         )
     ]
 
@@ -255,7 +259,7 @@ def launch(
     """Run the Triton kernel; ``options`` as in :func:`plan`."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel():
-        given = (planes(t) for t in (x, eps, mask, y1, y2))
+        given = (planes(t.to(x.dtype)) for t in (x, eps, mask, y1, y2))
         run(plan(*given, out, numbers, form, **options), x.device)
     return out
 
@@ -275,13 +279,13 @@ def _cuda(x, eps, mask, y1, y2, a, b, c, d, lam, form):
 
 
 def _cpu(x, eps, mask, y1, y2, a, b, c, d, lam, form):
-    if any(t.dtype != torch.float32 for t in (x, eps, mask, y1, y2)):
+    if x.dtype not in NATIVE_DTYPES or any(t.dtype != x.dtype for t in (eps, mask, y1, y2)):
         return _general(x, eps, mask, y1, y2, a, b, c, d, lam, form)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    arrays = (t.contiguous().numpy() for t in (x, eps, mask, y1, y2))
+    arrays = (native_array(t.contiguous()) for t in (x, eps, mask, y1, y2))
     _native.joint_ddim_step(
         *arrays,
-        out.numpy(),
+        native_array(out),
         sqrt_abar=a,
         sqrt_one_minus_abar=b,
         sqrt_abar_prev=c,

@@ -15,6 +15,7 @@ import sys
 import pytest
 
 from tests.helpers import ROOT
+from tests.kernels.interpreter import pack, unpack
 
 
 class Interpreter:
@@ -30,9 +31,9 @@ class Interpreter:
         )
 
     def __call__(self, function, *arguments, **options):
-        pickle.dump((function, arguments, options), self.process.stdin)
+        pickle.dump(pack((function, arguments, options)), self.process.stdin)
         self.process.stdin.flush()
-        worked, result = pickle.load(self.process.stdout)
+        worked, result = unpack(pickle.load(self.process.stdout))
         assert worked, result
         return result
 

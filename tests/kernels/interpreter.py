@@ -6,10 +6,27 @@ Started by the fixture ``interpreted`` as ``python -m tests.kernels.interpreter`
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import pickle
 import sys
 import traceback
+
+
+def pack(value):
+    """Bytes of a message; pickle alone cannot read uint16 tensors back."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def unpack(data):
+    """The inverse of :func:`pack`."""
+    import torch
+
+    return torch.load(io.BytesIO(data), weights_only=False)
 
 
 def _multiply_bfloat16():
@@ -46,7 +63,7 @@ def _serve():
     _multiply_bfloat16()
     while True:
         try:
-            function, arguments, options = pickle.load(sys.stdin.buffer)
+            function, arguments, options = unpack(pickle.load(sys.stdin.buffer))
         except EOFError:
             return
         module, _, name = function.partition(":")
@@ -54,7 +71,7 @@ def _serve():
             reply = True, getattr(importlib.import_module(module), name)(*arguments, **options)
         except Exception as error:
             reply = False, "".join(traceback.format_exception(error))
-        pickle.dump(reply, replies)
+        pickle.dump(pack(reply), replies)
         replies.flush()
 
 

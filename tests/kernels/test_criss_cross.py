@@ -1,4 +1,4 @@
-"""Criss-cross attention on the CPU: definition, blocks, native kernel, gradients, ONNX form."""
+"""Criss-cross attention on the CPU: definition, blocks, native kernel, gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fuseengine import _native
 from fuseengine.errors import SettingError
-from fuseengine.kernels import criss_cross_attention, criss_cross_attention_reference, onnx_forms
+from fuseengine.kernels import criss_cross_attention, criss_cross_attention_reference
 from tests.kernels.tolerance import within
 
 module = sys.modules["fuseengine.kernels.criss_cross_attention"]
@@ -206,28 +206,3 @@ def test_bad_dtypes_and_devices():
         criss_cross_attention(q.int(), k.int(), v.int())
     with pytest.raises(SettingError, match="v on meta; expected one device: move"):
         criss_cross_attention(q, k, v.to("meta"))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_onnx_form(shape):
-    onnx = pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    from fuseengine.export.onnx import OnnxWriter
-
-    writer = OnnxWriter()
-    writer.add("Identity", onnx_forms.criss_cross_attention(writer, "q", "k", "v"), name="out")
-
-    def value(name, channels):
-        kind = onnx.TensorProto.FLOAT
-        return onnx.helper.make_tensor_value_info(name, kind, ["n", channels, "h", "w"])
-
-    inputs = [value("q", "cq"), value("k", "cq"), value("v", "c")]
-    model = writer.model(inputs, [value("out", "c")], "criss_cross_attention")
-    onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    tensors = drawn(shape, torch.float32)
-    found = session.run(None, dict(zip("qkv", (t.numpy() for t in tensors), strict=True)))[0]
-    exact = criss_cross_attention_reference(*(t.double() for t in tensors))
-    within(torch.from_numpy(found), exact, criss_cross_attention_reference(*tensors))

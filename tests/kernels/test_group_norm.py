@@ -1,4 +1,4 @@
-"""GroupNorm with shift and SiLU on the CPU: definition, native kernel, gradients, ONNX form."""
+"""GroupNorm with shift and SiLU on the CPU: definition, native kernel, gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fuseengine import _native
 from fuseengine.errors import SettingError
-from fuseengine.kernels import group_norm_silu, group_norm_silu_reference, onnx_forms
+from fuseengine.kernels import group_norm_silu, group_norm_silu_reference
 from tests.kernels.tolerance import within
 
 SHAPES = [
@@ -179,33 +179,3 @@ def test_bad_input(change, message):
             tensors[index] = tensor
     with pytest.raises(SettingError, match=message):
         group_norm_silu(*tensors, **options)
-
-
-@pytest.mark.parametrize(("shape", "groups"), SHAPES)
-@pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("shifted", [False, True])
-def test_onnx_form(shape, groups, silu, shifted):
-    onnx = pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    from fuseengine.export.onnx import OnnxWriter
-
-    x, weight, bias, shift = drawn(shape, torch.float32)
-    writer = OnnxWriter()
-    options = {"groups": groups, "eps": 1e-5, "silu": silu}
-    given_ = writer, "x", weight.numpy(), bias.numpy(), "shift" if shifted else ""
-    writer.add("Identity", onnx_forms.group_norm_silu(*given_, **options), name="out")
-
-    def value(name, dims):
-        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
-
-    inputs = [value("x", ["n", shape[1], "h", "w"])]
-    inputs += [value("shift", ["m", shape[1]])] if shifted else []
-    model = writer.model(inputs, [value("out", ["n", shape[1], "h", "w"])], "group_norm_silu")
-    onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    feed = {"x": x.numpy(), **({"shift": shift.numpy()} if shifted else {})}
-    found = torch.from_numpy(session.run(None, feed)[0])
-    tensors = x, weight, bias, shift if shifted else None
-    within(found, exactly(tensors, **options), plain(*tensors, **options), floor=8)

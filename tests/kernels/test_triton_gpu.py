@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fuseengine import kernels
 from fuseengine.kernels import _triton
-from tests.kernels import test_criss_cross, test_group_norm, test_triton_steps
+from tests.kernels import test_criss_cross, test_group_norm, test_properties, test_triton_steps
 from tests.kernels.tolerance import within
 
 pytestmark = [
@@ -89,6 +94,42 @@ def test_noise():
         return kernels.ddim_step_reference(x, eps, *SCALES, noise, 0.5)
 
     check(ours, reference, reference, (x, eps, noise))
+
+
+@test_properties.every_subject
+@given(st.data())
+@settings(max_examples=6)
+def test_every_op(subject, data):
+    """The properties of :mod:`tests.kernels.test_properties`, compiled."""
+    dtype = data.draw(st.sampled_from(DTYPES))
+    layouts = test_properties.LAYOUTS
+    tensors, options = test_properties.drawn(data, subject, dtype=dtype, layouts=layouts)
+    found = subject.op(*(t.cuda() for t in tensors), **options)
+    assert found.is_cuda
+    # TF32 in three products has about 22 bits, float32 24.
+    subject.check(found.cpu(), tensors, options, slack=4.0)
+
+
+@test_properties.every_subject
+@given(st.data())
+@settings(max_examples=3)
+def test_nan_propagates(subject, data):
+    tensors, options = test_properties.drawn(data, subject)
+    tensors = test_properties.with_nan(data, subject, tensors)
+    found = subject.op(*(t.cuda() for t in tensors), **options)
+    subject.check_nan(found.cpu(), tensors, options)
+
+
+@given(st.data())
+@settings(max_examples=20)
+def test_frames(data):
+    frame, *numbers = test_properties.in_arguments(data)
+    found = torch.ops.fuse.frame_in(frame.cuda(), *numbers, torch.float32)
+    test_properties.check_in(found.cpu(), (frame, *numbers), torch.float32)
+    fused, visible, *rest = arguments = test_properties.out_arguments(data)
+    visible = None if visible is None else visible.cuda()
+    found = torch.ops.fuse.frame_out(fused.cuda(), visible, *rest)
+    test_properties.check_out(found.cpu(), arguments)
 
 
 def test_in_a_graph():
