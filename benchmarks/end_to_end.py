@@ -27,9 +27,11 @@ from numpy.typing import NDArray
 
 from benchmarks import peers
 from benchmarks.harness import (
+    PauseBefore,
     Ratio,
     Result,
     Samples,
+    command_line,
     interleave,
     max_abs_error,
     paired_ratio,
@@ -43,9 +45,6 @@ from fuseengine.runtime.frames import FrameAdapter
 
 if TYPE_CHECKING:
     from torch import nn
-
-_PAUSE_S = 0.01
-"""Runtimes let their threads spin for milliseconds after a call; the next one must not pay."""
 
 
 class Checked:
@@ -152,21 +151,7 @@ def measure(
         return interleave(
             calls, rounds=rounds, budget_s=budget_s, synchronize=torch.cuda.synchronize
         )
-    return interleave(
-        calls, rounds=rounds, warmup=2, budget_s=budget_s, synchronize=_PauseBefore(_PAUSE_S)
-    )
-
-
-class _PauseBefore:
-    """Sleeps before each timed call and not after it: called twice per call, in turns."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.before = seconds, True
-
-    def __call__(self) -> None:
-        if self.before:
-            time.sleep(self.seconds)
-        self.before = not self.before
+    return interleave(calls, rounds=rounds, warmup=2, budget_s=budget_s, synchronize=PauseBefore())
 
 
 def device_times(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -502,7 +487,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.precision_rows = [] if rows == "none" else rows.split(",")
     if args.compile_mode is None:
         args.compile_mode = "max-autotune" if args.device == "cuda" else "default"
-    args.command = _command(words)
+    args.command = command_line("benchmarks.end_to_end", words)
     warnings.filterwarnings("ignore", module="torch")
     try:
         result = run(args)
@@ -516,16 +501,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in result.write(args.out):
         _say(f"wrote {path}")
     return 0
-
-
-def _command(words: Sequence[str]) -> str:
-    """The command that repeats the run; where the results went is nobody's business."""
-    kept, skip = [], False
-    for word in words:
-        if not skip and not word.startswith("--out"):
-            kept.append(word)
-        skip = word == "--out"
-    return " ".join(["python -m benchmarks.end_to_end", *kept])
 
 
 if __name__ == "__main__":

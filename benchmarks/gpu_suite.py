@@ -1,11 +1,11 @@
-"""Builds the package on a CUDA machine without network, runs tests/gpu and the GPU benchmarks.
+"""Builds the package on a CUDA machine without network, runs GPU tests and GPU benchmarks.
 
     benchmarks/gpu_suite.sh OUT_DIR [--train SECONDS --data DIR] [--dry-run]
 
 The machine has an interpreter with PyTorch, a C++ compiler, cmake, ninja, pybind11,
-scikit-build-core and pytest. Nothing is installed into that interpreter: the package goes into a
-virtual environment that sees its packages. Every part has its own time limit; one that fails is
-reported and the rest goes on. OUT_DIR gets four files, rewritten after each part:
+scikit-build-core, pytest and hypothesis. Nothing is installed into that interpreter: the package
+goes into a virtual environment that sees its packages. Every part has its own time limit; one that
+fails is reported and the rest goes on. OUT_DIR gets four files, rewritten after each part:
 
     summary.md        for reading: parts and tables
     summary.json      the same for programs, with every result in full
@@ -111,6 +111,21 @@ def benchmark(
     return Part(name or f"{model} {size}", command, limit_s)
 
 
+def op_benchmark(dtype: str, *, dry: bool) -> Part:
+    """The benchmark of the ops in one dtype; it ends by itself well before its limit.
+
+    Args:
+        dtype: of the tensors.
+        dry: on the CPU, tiny, without ``torch.compile``.
+    """
+    command = ["-m", "benchmarks.gpu_ops", "--dtype", dtype, "--out", f"{{work}}/results/{dtype}"]
+    if dry:
+        command += ["--device", "cpu", "--size", "24x32", "--rounds", "2", "--no-compile"]
+    else:
+        command += ["--size", _HD, "--rounds", "30", "--budget-s", "110"]
+    return Part(f"ops {dtype}", command, 150, 60)
+
+
 def parts(args: argparse.Namespace) -> list[Part]:
     """Everything after the installation, the most telling first."""
     dry = args.dry_run
@@ -120,8 +135,11 @@ def parts(args: argparse.Namespace) -> list[Part]:
     tests = ["tests/gpu", "--ignore", "tests/gpu/test_inductor.py"]
     passed = "skipped" if dry else " passed"
     tests += [] if dry else ["tests/backends/test_cuda_device.py"]
+    kernel_tests = [*pytest, "tests/kernels/test_triton_gpu.py"]
     plan = [
         Part("tests", [*pytest, *tests], 150, check=passed),
+        Part("tests of kernels", kernel_tests, 150, 30, check=passed),
+        op_benchmark("float16", dry=dry),
         benchmark("drfusion-s", _VGA, [], limit_s=170, dry=dry),
     ]
     if args.train:
@@ -133,6 +151,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     plan.append(
         benchmark("drfusion-s", _VGA, full, limit_s=150, name="drfusion-s full effort", dry=dry)
     )
+    plan.append(op_benchmark("float32", dry=dry))
     for model in ("drfusion-m", "drfusion"):
         plan.append(benchmark(model, _HD, quick, limit_s=75, dry=dry))
     words = [*pytest, "tests/gpu/test_inductor.py"]

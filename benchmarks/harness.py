@@ -227,6 +227,26 @@ def interleave(
     return {name: Samples(name, np.asarray(ns, np.int64)) for name, ns in times.items()}
 
 
+class PauseBefore:
+    """For `interleave`: rest before each timed call and not after it.
+
+    Some runtimes let their threads spin for a while after a call, which would slow down whoever
+    comes next.
+
+    Args:
+        seconds: how long.
+    """
+
+    def __init__(self, seconds: float = 0.01) -> None:
+        self.seconds, self.before = seconds, True
+
+    def __call__(self) -> None:
+        """Called before and after each call, in turns."""
+        if self.before:
+            time.sleep(self.seconds)
+        self.before = not self.before
+
+
 def paired_ratio(
     a: Samples, b: Samples, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Ratio:
@@ -514,6 +534,16 @@ def this_command() -> str:
     if words[-1].endswith(".__main__"):
         words[-1] = words[-1].removesuffix(".__main__")
     return " ".join([*words, *sys.argv[1:]])
+
+
+def command_line(module: str, words: Sequence[str]) -> str:
+    """What repeats a run of a benchmark; `--out`, where its results went, is nobody's business."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and not word.startswith("--out"):
+            kept.append(word)
+        skip = word == "--out"
+    return " ".join(["python", "-m", module, *kept])
 
 
 _HEADERS = {

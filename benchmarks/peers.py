@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -140,14 +141,16 @@ def reason(error: BaseException, limit: int = 160) -> str:
 # --- PyTorch --------------------------------------------------------------------------------------
 
 
-def plain(model: nn.Module) -> nn.Module:
+def plain(model: nn.Module, a: Floats, b: Floats) -> nn.Module:
     """The model with its sampling loop unrolled, its schedule as numbers, and standard operators.
 
-    ``torch.compile`` and the ONNX exporter cannot see through the schedule's ``float(alpha)`` and
-    our registered ops; this is what a user would write for them.
+    ``torch.compile`` and the ONNX exporter cannot see through the schedule's ``float(alpha)``, our
+    registered ops and the random numbers' generator; this is what a user would write for them.
 
     Args:
         model: a model with ``stages``.
+        a: source 1; its random numbers are made for pictures of this size, once.
+        b: source 2.
 
     Returns:
         A graph module on copies of the stages, in evaluation mode.
@@ -156,11 +159,13 @@ def plain(model: nn.Module) -> nn.Module:
     from torch import fx
 
     from fuseengine import kernels
+    from fuseengine.models.sampling import standard_normal
 
     model = copy.deepcopy(model).eval()
     stages = tuple(getattr(model, "stages", ()))
     if not stages:
         return model
+    extra = list(inspect.signature(model.forward).parameters)[2:]
 
     class Tracer(fx.Tracer):
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -169,14 +174,35 @@ def plain(model: nn.Module) -> nn.Module:
         def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
             return attr_val
 
+    class Noise(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if n.target is standard_normal:
+                model.register_buffer(n.name, result)
+            return result
+
     with torch.no_grad():
-        graph = Tracer().trace(model)
+        graph = Tracer().trace(model, concrete_args=dict.fromkeys(extra))
+        for node in [n for n in graph.nodes if n.op == "placeholder"][2:]:
+            for reader in list(node.users):  # fx's own assertion that nothing is handed in
+                graph.erase_node(reader)
+            graph.erase_node(node)
+        device = next(model.parameters()).device
+        given = [torch.from_numpy(x).to(device) for x in (a, b)]
+        if any(node.target is standard_normal for node in graph.nodes):
+            Noise(fx.GraphModule(model, graph)).run(*given)
     swaps = {
+        kernels.compose_priors: kernels.compose_priors_reference,
+        kernels.criss_cross_attention: kernels.criss_cross_attention_reference,
         kernels.ddim_step: kernels.ddim_step_reference,
         kernels.joint_ddim_step: kernels.joint_ddim_step_reference,
     }
-    for node in graph.nodes:
-        if node.op == "call_function":
+    for node in list(graph.nodes):
+        if node.target is standard_normal:
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.create_node("get_attr", node.name))
+            graph.erase_node(node)
+        elif node.op == "call_function":
             node.target = swaps.get(node.target, node.target)
     return fx.GraphModule(model, graph).eval()
 
@@ -215,7 +241,7 @@ def torch_peer(
     # The model's own forward reads its learned schedule back from the device, which a graph cannot
     # hold, and under autocast it gives our ops two dtypes at once.
     simple = compile_mode or graph or dtype
-    module = plain(model) if simple else copy.deepcopy(model).eval()
+    module = plain(model, a, b) if simple else copy.deepcopy(model).eval()
     if channels_last:
         module = module.to(memory_format=torch.channels_last)
     if compile_mode:
@@ -291,7 +317,7 @@ def export_onnx(model: nn.Module, a: Floats, b: Floats, path: Path) -> Path:
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            plain(model).cpu(),
+            plain(model, a, b).cpu(),
             given,
             path,
             input_names=["a", "b"],

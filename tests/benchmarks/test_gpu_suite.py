@@ -173,11 +173,27 @@ def test_the_plan_covers_models_and_sizes():
             assert ("--untrained" in part.command) != (packaged and zoo.exists())
 
 
+def test_the_plan_covers_the_kernels():
+    """Their tests and, in both dtypes, their benchmark; the GPU's own tests come first."""
+    names = list(plan())
+    assert names.index("tests") < names.index("tests of kernels") < names.index("ops float16")
+    assert plan()["tests of kernels"].check == " passed"
+    tests = gpu_suite.ROOT / plan()["tests of kernels"].command[-1]
+    assert tests.name == "test_triton_gpu.py" and tests.exists()
+    for dtype in ("float16", "float32"):
+        assert names.count(f"ops {dtype}") == 1
+
+
 def test_every_planned_benchmark_is_a_valid_command_line():
     from benchmarks import end_to_end
 
+    gpu_ops = pytest.importorskip("benchmarks.gpu_ops")
     for words in ([], ["--dry-run"]):
         for part in plan(*words).values():
+            if "benchmarks.gpu_ops" in part.command:
+                args = gpu_ops.parser().parse_args(part.command[2:])
+                assert args.device == ("cpu" if words else "cuda")
+                assert args.budget_s is None or args.budget_s + 30 <= part.limit_s
             if "benchmarks.end_to_end" in part.command:
                 args = end_to_end.parser().parse_args(part.command[2:])
                 known = end_to_end.peers.peer_keys(args.device)
@@ -219,6 +235,7 @@ def test_dry_run(tmp_path):
     # A relative folder is the caller's, not the repository's.
     words = ["out", "--dry-run", "--no-install", "--train", "20", "--data", "data"]
     words += ["--only", "tests", "drfusion-s 480x640", "drfusion-m 480x640", "training"]
+    words += ["tests of kernels", "ops float16"]
     done = subprocess.run(
         [str(SCRIPT), *words],
         cwd=tmp_path,
@@ -235,9 +252,12 @@ def test_dry_run(tmp_path):
     assert data["dry_run"] and data["failed"] == []
     status = {part["name"]: part["status"] for part in data["parts"]}
     assert status["device"] == status["tests"] == status["training"] == "ok"
-    assert status["drfusion-s 480x640"] == "ok"
+    assert status["drfusion-s 480x640"] == status["ops float16"] == "ok"
+    assert status["tests of kernels"] == "ok"
     assert status["drfusion-m 480x640"] == "skipped"
-    rows = {row["name"]: row for row in data["results"][0]["rows"]}
+    found = {result["suite"]: result for result in data["results"]}
+    assert any(row["name"].endswith("fuseengine") for row in found["gpu-ops"]["rows"])
+    rows = {row["name"]: row for row in data["results"][-1]["rows"]}
     assert rows["FuseEngine fp32"]["psnr_db"] >= 80 and rows["FuseEngine fp32"]["p50_ms"] > 0
     with tarfile.open(out / "artifacts.tar.gz") as archive:
         assert "training/weights.safetensors" in archive.getnames()

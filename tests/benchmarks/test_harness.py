@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import (
+    PauseBefore,
     Result,
     ResultSchemaError,
     Samples,
+    command_line,
     format_table,
     interleave,
     machine,
@@ -97,6 +99,15 @@ class TestInterleave:
             synchronize=lambda: log.append("wait"),
         )
         assert log == ["wait", "run", "wait"]
+
+    def test_pause_comes_before_the_clock_starts_only(self):
+        pause, spent = PauseBefore(0.05), []
+        for _ in range(4):
+            begin = time.perf_counter()
+            pause()
+            spent.append(time.perf_counter() - begin)
+        assert min(spent[0], spent[2]) >= 0.05
+        assert max(spent[1], spent[3]) < 0.05
 
     def test_budget_ends_after_a_whole_round(self):
         out = interleave(
@@ -279,6 +290,10 @@ class TestMachine:
         monkeypatch.setattr(sys, "argv", ["somewhere/bench.py", "drfusion-s", "--size", "480x640"])
         monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
         assert this_command() == "python bench.py drfusion-s --size 480x640"
+
+    def test_command_line_says_nothing_of_where_results_went(self):
+        words = ["drfusion-s", "--out", "/tmp/x", "--rounds", "3", "--out=/tmp/y"]
+        assert command_line("benchmarks.x", words) == "python -m benchmarks.x drfusion-s --rounds 3"
 
 
 class TestTable:
