@@ -22,6 +22,14 @@ _CONFIGURATIONS = {
     "drfusion-s": _Configuration(1_368_135, 3, "luma", 4),
     "drfusion-m": _Configuration(7_961_235, 3, "luma", 4),
     "drfusion": _Configuration(31_773_119, 3, "luma", 2),
+    "dmfuse-s": _Configuration(760_761, 1, "luma", 32),
+    "dmfuse": _Configuration(25_004_689, 1, "luma", 32),
+    "drmf-s": _Configuration(2_107_825, 5, "rgb", 32),
+    "drmf": _Configuration(170_983_816, 5, "rgb", 16),
+    "dmnet-s": _Configuration(1_199_358, 1, "luma", 32),
+    "dmnet": _Configuration(385_804_684, 1, "luma", 16),
+    "mask-difuser-s": _Configuration(1_169_968, 5, "rgb", 16),
+    "mask-difuser": _Configuration(171_278_145, 5, "rgb", 16),
 }
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from fuseengine.models.pictures import Padding, check_pictures, pad_picture
 
 
 class FusionModel(nn.Module):
     """Base class: ``forward(a, b) -> fused``, floats in [0, 1], (N, C, H, W).
+
+    A model that draws random numbers takes them by name as a third argument, ``noise``; what is not
+    given there is drawn from the seed's streams (:class:`~fuseengine.models.sampling.Draws`).
 
     A subclass says on which image channels it works, which submodules are stages (dense networks
     that a backend lowers as a whole) and what its sizes must be a multiple of. It knows nothing of
@@ -18,14 +23,20 @@ class FusionModel(nn.Module):
     channels: ClassVar[Literal["luma", "rgb"]] = "luma"
     """``luma``: (N, 1, H, W), the visible image's chroma is kept; ``rgb``: (N, 3, H, W)."""
 
-    stages: ClassVar[tuple[str, ...]] = ()
+    stages: tuple[str, ...] = ()
     """Names of the submodules that are stages; empty: the whole model is one stage."""
 
     multiple: int = 1
-    """Height and width must be multiples of this; frames are padded by reflection."""
+    """Height and width that the networks take are multiples of this; others are padded."""
+
+    padding: ClassVar[Padding] = "reflect"
+    """What stands right of and below a picture that is padded."""
 
     steps: int = 1
     """Sampling steps of one forward."""
+
+    seed: int = 0
+    """Of the random numbers that one forward draws."""
 
     name: str = ""
     """Name it was built under, for reports; empty for a model of the user's own."""
@@ -40,3 +51,16 @@ class FusionModel(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Fuse source a (infrared) and source b (visible)."""
         raise TypeError(f"{type(self).__name__} does not define forward(a, b)")
+
+    def prepare(self, *pictures: Tensor) -> list[Tensor]:
+        """Pictures as the networks take them: with their planes, padded to the multiple.
+
+        Raises:
+            FrameError: a picture in another form than ``forward`` takes.
+            SizeMismatchError: they differ in size.
+        """
+        if isinstance(pictures[0], fx.Proxy):  # capture gives frames that are ready
+            return list(pictures)
+        planes = 3 if self.channels == "rgb" else 1
+        check_pictures(pictures, planes)
+        return [pad_picture(x, planes, self.multiple, self.padding) for x in pictures]

@@ -9,7 +9,9 @@ import argparse
 import difflib
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,56 @@ from fuseengine.errors import CheckpointError
 from fuseengine.models.base import FusionModel
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "params", "net")
+_EMA = "ema_helper"
+"""Where the DDIM family of codes keeps the averaged copy of the weights: a flat mapping."""
+
+
+@dataclass(frozen=True)
+class Official:
+    """Where one of our tensors stands in an official checkpoint.
+
+    Attributes:
+        names: the official tensors; several are concatenated along their first dimension (q, k
+            and v of an attention).
+        inputs: (first, last + 1, all) of the second dimension where only some input channels are
+            ours (the condition's part of a first convolution).
+    """
+
+    names: tuple[str, ...]
+    inputs: tuple[int, int, int] | None = None
+
+    def shape(self, own: Sequence[int]) -> tuple[int, ...]:
+        """Shape of each official tensor for a shape of ours."""
+        shape = [own[0] // len(self.names), *own[1:]] if own else []
+        if self.inputs is not None:
+            shape[1] = self.inputs[2]
+        return tuple(shape)
+
+    def assemble(self, entries: Mapping[str, Tensor]) -> Tensor:
+        """Our tensor, up to 1x1 kernel dimensions."""
+        parts = [entries[name] for name in self.names]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole if self.inputs is None else whole[:, self.inputs[0] : self.inputs[1]]
+
+
+Names = Mapping[str, Official]
+"""Own name -> where it stands in a file."""
 
 
 def load_checkpoint(
-    model: FusionModel, source: str | Path | Mapping[str, Any], *, strict: bool = True
+    model: FusionModel,
+    source: str | Path | Mapping[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    ema: bool = True,
+    **parts: str | Path | Mapping[str, Any],
 ) -> FusionModel:
     """Load weights into a model, in place.
+
+    Official checkpoints of systems with several networks come in several files:
+    ``load_checkpoint(dmfuse, diffusion=..., head=...)``,
+    ``load_checkpoint(drmf, infrared=..., visible=..., weight=...)``. Some of them are enough; the
+    other networks stay as they are.
 
     Args:
         model: the model to fill; its dtype and device stay.
@@ -33,6 +79,8 @@ def load_checkpoint(
             loaded name -> tensor mapping, with the project's own or the official names, with or
             without ``module.`` prefixes and a ``state_dict``-like wrapper.
         strict: refuse missing and unknown names; False ignores them, misshapen ones are refused.
+        ema: take the averaged copy of the weights where the file holds one.
+        **parts: instead of a source, the official files by network, each as source.
 
     Returns:
         The model.
@@ -40,40 +88,116 @@ def load_checkpoint(
     Raises:
         CheckpointError: unreadable or unsafe file; missing, unknown or misshapen entries (listed).
     """
-    if not isinstance(source, (str, Path, Mapping)):
+    official = _official(model)
+    if (source is None) == (not parts):
         raise CheckpointError(
-            f"source: got a {type(source).__name__}; expected a path, or a mapping of names to "
-            "tensors"
+            f"got {'both a source and' if parts else 'neither a source nor'} files by network; "
+            f"expected one of the two{_offered(official)}"
         )
-    entries = _tensors(_read(Path(source)) if isinstance(source, (str, Path)) else source)
-    own = model.state_dict()
-    names = _own_names(model, set(own), entries)
-    renamed = {names.get(name, name): value for name, value in entries.items()}
-    ignored = set(getattr(model, "official_ignored", ()))
-    renamed = {name: value for name, value in renamed.items() if name not in ignored}
-    problems = []
-    back = {mine: official for official, mine in names.items()}
-    if strict:
-        missing = [back.get(name, name) for name in own if name not in renamed]
-        unknown = [name for name in renamed if name not in own]
-        if missing:
-            problems.append(f"missing: {_listed(missing, renamed)}")
-        if unknown:
-            problems.append(f"unknown: {_listed(unknown, (back.get(n, n) for n in own))}")
-    for name, value in renamed.items():
-        if name in own and tuple(value.shape) != tuple(own[name].shape):
-            problems.append(
-                f"{back.get(name, name)} has shape {tuple(value.shape)}, expected "
-                f"{tuple(own[name].shape)}"
+    problems: list[str] = []
+    filled: dict[str, Tensor] = {}
+    for part, given in parts.items() if parts else [("", source)]:
+        if part and part not in official:
+            raise CheckpointError(
+                f"{part}=: unknown for {model.name or type(model).__name__}; expected a source"
+                f"{_offered(official)}"
             )
+        if not isinstance(given, (str, Path, Mapping)):
+            raise CheckpointError(
+                f"{part or 'source'}: got a {type(given).__name__}; expected a path, or a mapping "
+                "of names to tensors"
+            )
+        entries = _tensors(_read(Path(given)) if not isinstance(given, Mapping) else given, ema=ema)
+        names = official[part] if part else _names(model, official, entries)
+        found, wrong = _assemble(model, names, entries, strict=strict)
+        filled.update(found)
+        problems += [f"{part}: {problem}" if part else problem for problem in wrong]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
         raise CheckpointError(
             f"the checkpoint does not fit {model.name or type(model).__name__}: {shown}. Build the "
             "model with the settings it was trained with."
         )
-    model.load_state_dict({n: v for n, v in renamed.items() if n in own}, strict=False)
+    model.load_state_dict(filled, strict=False)
     return model
+
+
+def _official(model: FusionModel) -> dict[str, Names]:
+    """The official files of a model by network; "" is the only file of a model that has one."""
+    if hasattr(model, "official_parts"):
+        return model.official_parts()
+    if hasattr(model, "official_names"):
+        return {"": {own: Official((name,)) for own, name in model.official_names().items()}}
+    return {}
+
+
+def _offered(official: Mapping[str, Names]) -> str:
+    parts = [f"{part}=..." for part in official if part]
+    return f", or official files as {', '.join(parts)}" if parts else ""
+
+
+def _names(
+    model: FusionModel, official: Mapping[str, Names], entries: Mapping[str, Tensor]
+) -> Names:
+    """The official names when the entries of a single source look official, else our own.
+
+    Raises:
+        CheckpointError: they look like one file of a model that has several.
+    """
+    own = {name: Official((name,)) for name in model.state_dict()}
+    fitting = len(own.keys() & entries.keys())
+    for part, names in official.items():
+        if len(_theirs(names).keys() & entries.keys()) > fitting:
+            if not part:
+                return names
+            raise CheckpointError(
+                f"source: has the names of an official file of {model.name}, which come one by "
+                f"network; expected own names{_offered(official)}"
+            )
+    return own
+
+
+def _theirs(names: Names) -> dict[str, None]:
+    """The official names in order, each once."""
+    return {name: None for entry in names.values() for name in entry.names}
+
+
+def _assemble(
+    model: FusionModel, names: Names, entries: Mapping[str, Tensor], *, strict: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Our tensors out of a file's, and what is wrong with them."""
+    own = model.state_dict()
+    expected = _theirs(names)
+    problems: dict[str, None] = {}  # a tensor that stands in two of ours is misshapen once
+    if strict:
+        patterns = getattr(model, "official_ignored", ())
+        missing = [name for name in expected if name not in entries]
+        unknown = [
+            name
+            for name in entries
+            if name not in expected and not any(fnmatchcase(name, p) for p in patterns)
+        ]
+        if missing:
+            problems[f"missing: {_listed(missing, entries)}"] = None
+        if unknown:
+            problems[f"unknown: {_listed(unknown, expected)}"] = None
+    filled = {}
+    for mine, entry in names.items():
+        if any(name not in entries for name in entry.names):
+            continue
+        target = tuple(own[mine].shape)
+        wanted = entry.shape(target)
+        wrong = [n for n in entry.names if _bare(entries[n].shape) != _bare(wanted)]
+        for name in wrong:
+            problems[f"{name} has shape {tuple(entries[name].shape)}, expected {wanted}"] = None
+        if not wrong:
+            filled[mine] = entry.assemble(entries).reshape(target)
+    return filled, list(problems)
+
+
+def _bare(shape: Sequence[int]) -> tuple[int, ...]:
+    """A matrix's shape for a 1x1 kernel's: public codes write the same layer either way."""
+    return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -111,33 +235,28 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+def _tensors(content: Mapping[str, Any], *, ema: bool) -> dict[str, Tensor]:
+    if ema and isinstance(content.get(_EMA), Mapping) and content[_EMA]:
+        content = content[_EMA]
     for wrapper in _WRAPPERS:
         if isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
-    tensors = {str(n): torch.as_tensor(v) for n, v in content.items() if _is_array(v)}
+    tensors = {_plain(str(n)): torch.as_tensor(v) for n, v in content.items() if _is_array(v)}
     if not tensors:
         raise CheckpointError(
             f"no tensors in the checkpoint; it holds: {', '.join(map(str, list(content)[:8]))}"
         )
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors
+
+
+def _plain(name: str) -> str:
+    """A name without the ``module.`` that DataParallel puts before a wrapped network's names."""
+    return ".".join(part for part in name.split(".") if part != "module")
 
 
 def _is_array(value: object) -> bool:
     return isinstance(value, Tensor) or type(value).__module__ == "numpy"
-
-
-def _own_names(model: FusionModel, own: set[str], entries: Mapping[str, Tensor]) -> dict[str, str]:
-    """Official -> own names, when the entries look official; else empty."""
-    official = getattr(model, "official_names", None)
-    if official is None or own.intersection(entries) == set(entries):
-        return {}
-    names = {theirs: mine for mine, theirs in official().items()}
-    fits_official = len(names.keys() & entries.keys())
-    return names if fits_official > len(own & entries.keys()) else {}
 
 
 def _listed(names: list[str], candidates: Iterable[str]) -> str:

@@ -35,8 +35,15 @@ from torch import Tensor, nn
 from fuseengine.errors import SettingError
 from fuseengine.kernels import ddim_step, joint_ddim_step
 from fuseengine.models.base import FusionModel
-from fuseengine.models.layers import ResidualBlock, SkipGate, TimeShifts, split_channels
+from fuseengine.models.layers import (
+    ChannelSpatialGate,
+    ResidualBlock,
+    TimeShifts,
+    split_channels,
+)
 from fuseengine.models.observation import Identity, Operator, correct_jointly
+from fuseengine.models.pictures import crop_like
+from fuseengine.models.sampling import Step
 
 _LEVELS = (1, 2, 4, 8)
 """Width multipliers. Gated skips are added, not concatenated, so widths must double per level."""
@@ -55,7 +62,7 @@ class Decoder(nn.Module):
 
     def __init__(self, width: int, out: int, *, blocks: int, groups: int, dropout: float) -> None:
         super().__init__()
-        self.gates = nn.ModuleList(SkipGate(width * m) for m in _LEVELS)
+        self.gates = nn.ModuleList(ChannelSpatialGate(width * m) for m in _LEVELS)
         # From level 3 to 2 the width halves at equal size; then three up-steps to full size.
         widths = [width * m for m in (8, 4, 2, 1, 1)]
         self.levels = nn.ModuleList(
@@ -161,24 +168,10 @@ class NoisePredictor(nn.Module):
 
 
 @dataclass(frozen=True)
-class Step:
-    """Coefficients of one sampling step: numbers at inference, 0-d tensors while training."""
+class JointStep(Step):
+    """A sampling step with the scale lambda of its correction."""
 
-    t: int
-    sqrt_abar: float | Tensor
-    sqrt_one_minus_abar: float | Tensor
-    sqrt_abar_prev: float | Tensor
-    sqrt_one_minus_abar_prev: float | Tensor
     lam: float | Tensor
-
-    def scales(self) -> tuple[float | Tensor, ...]:
-        """The four scales of the DDIM update, in the order the step ops take them."""
-        return (
-            self.sqrt_abar,
-            self.sqrt_one_minus_abar,
-            self.sqrt_abar_prev,
-            self.sqrt_one_minus_abar_prev,
-        )
 
 
 class DRFusion(FusionModel):
@@ -245,7 +238,7 @@ class DRFusion(FusionModel):
         )
         self.time = TimeShifts(width, 4 * width, self.unet.widths)
 
-    def schedule(self) -> list[Step]:
+    def schedule(self) -> list[JointStep]:
         """The steps t = T .. 1 with their coefficients (the official code's ``Net`` and ``Step``).
 
         abar_t = alpha_1 ... alpha_t; lambda_t = min(1, sigma_t / (a_t sigma_y)) with
@@ -273,24 +266,28 @@ class DRFusion(FusionModel):
                 values = [float(v) for v in values]
             if t == 1 and not self.correct_last:
                 values[-1] = 0.0
-            steps.append(Step(t, *values))
+            steps.append(JointStep(t, *values))
         return steps
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Fuse a pair.
 
         Args:
-            a: source 1 (infrared), (N, 1, H, W) in [0, 1]; H, W multiples of ``self.multiple``.
+            a: source 1 (infrared), (N, 1, H, W) in [0, 1], of any size.
                 A low-resolution source (operator :class:`Downsample`) comes enlarged to it.
             b: source 2 (luma of the visible image), likewise.
 
         Returns:
             The fused image (N, 1, H, W), clamped to [0, 1].
         """
-        return self.sample(a, b)[:, 2:3].clamp(0.0, 1.0)
+        fused = self.sample(*self.prepare(a, b))[:, 2:3].clamp(0.0, 1.0)
+        return crop_like(fused, a)
 
     def sample(self, a: Tensor, b: Tensor) -> Tensor:
-        """The joint estimate x_0 = [source 1, source 2, fused], (N, 3, H, W), not clamped."""
+        """The joint estimate x_0 = [source 1, source 2, fused], (N, 3, H, W), not clamped.
+
+        Height and width must be multiples of ``self.multiple``.
+        """
         schedule = self.schedule()
         first, second = self.operators
         y1, y2 = first.observed(a), second.observed(b)

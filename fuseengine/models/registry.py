@@ -8,7 +8,11 @@ from typing import Any
 from fuseengine.errors import SettingError, UnknownNameError
 from fuseengine.models.base import FusionModel
 from fuseengine.models.checkpoint import load_checkpoint
+from fuseengine.models.dmfuse import DMFuse
+from fuseengine.models.dmnet import DMNet
 from fuseengine.models.drfusion import DRFusion
+from fuseengine.models.drmf import DRMF
+from fuseengine.models.mask_difuser import MaskDiFuser
 from fuseengine.zoo import packaged_models, unpackaged_hint
 
 _BUILDERS: dict[str, tuple[Callable[..., FusionModel], dict[str, Any]]] = {
@@ -33,6 +37,71 @@ _BUILDERS: dict[str, tuple[Callable[..., FusionModel], dict[str, Any]]] = {
             "dropout": 0.0,
             "patch": 2,
             "correct_last": False,
+        },
+    ),
+    "dmfuse": (DMFuse, {}),
+    "dmfuse-s": (
+        DMFuse,
+        {
+            "width": 16,
+            "multipliers": (1, 1.5, 2, 4),
+            "blocks": 1,
+            "attention": (),
+            "groups": 4,
+            "dropout": 0.0,
+            "head_width": 16,
+            "patch": 2,
+        },
+    ),
+    "drmf": (DRMF, {}),
+    "drmf-s": (
+        DRMF,
+        {
+            "update": "paper",
+            "predict": "clean",
+            "scaling": "clamp",
+            "width": 16,
+            "weight_width": 16,
+            "multipliers": (1, 1.5, 2, 4),
+            "blocks": 1,
+            "attention": (),
+            "groups": 4,
+            "patch": 2,
+            "weight_patch": 4,
+        },
+    ),
+    "dmnet": (DMNet, {}),
+    "dmnet-s": (
+        DMNet,
+        {
+            "width": 32,
+            "layers": (3, 2, 2),
+            "heads": 4,
+            "unet_width": 16,
+            "multipliers": (1, 2, 3, 4),
+            "blocks": 1,
+            "groups": 4,
+            "dropout": 0.0,
+            "patch": 2,
+            "unet_patch": 2,
+        },
+    ),
+    "mask-difuser": (MaskDiFuser, {}),
+    "mask-difuser-s": (
+        MaskDiFuser,
+        {
+            "predict": "clean",
+            "scaling": "clamp",
+            "width": 16,
+            "content_width": 16,
+            "content_blocks": 2,
+            "semantic_widths": (16, 32, 48, 64),
+            "semantic_layers": 2,
+            "attention": (3,),
+            "blocks": 1,
+            "groups": 4,
+            "dropout": 0.0,
+            "patch": 2,
         },
     ),
 }

@@ -8,7 +8,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("drfusion", "drfusion-m", "drfusion-s")
+FAMILIES = (
+    "drfusion",
+    "drfusion-m",
+    "drfusion-s",
+    "dmfuse",
+    "dmfuse-s",
+    "drmf",
+    "drmf-s",
+    "dmnet",
+    "dmnet-s",
+    "mask-difuser",
+    "mask-difuser-s",
+)
 """Every name that ``build`` knows, with or without packaged weights."""
 
 _FOLDER = Path(__file__).parent

@@ -60,7 +60,7 @@ def test_table(tiny, capsys):
         "tiny 1.23 M 2 rgb any (padded to 16) 2.5 MB 3 pairs of nothing"
     )
     assert [row.split()[0] for row in rows] == ["tiny", *_CONFIGURATIONS]
-    assert " ".join(rows[-1].split()) == "drfusion 31.77 M 3 luma any (padded to 2) no -"
+    assert "drfusion 31.77 M 3 luma any (padded to 2) no -" in [" ".join(r.split()) for r in rows]
 
 
 def test_json(tiny, capsys):

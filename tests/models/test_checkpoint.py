@@ -141,6 +141,12 @@ class TestMisfit:
         with pytest.raises(CheckpointError, match=r"alpha has shape \(4,\), expected \(3,\)"):
             fe.load_checkpoint(target, state, strict=False)
 
+    def test_a_model_of_one_file_has_no_networks_to_name(self, source, target):
+        with pytest.raises(CheckpointError, match="infrared=: unknown for drfusion; expected a so"):
+            fe.load_checkpoint(target, infrared=official(source))
+        with pytest.raises(CheckpointError, match="neither a source nor files by network"):
+            fe.load_checkpoint(target)
+
     @pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"state_dict": {}}])
     def test_nothing_in_it(self, target, content):
         with pytest.raises(CheckpointError, match="no tensors in the checkpoint"):

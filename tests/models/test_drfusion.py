@@ -146,7 +146,7 @@ def modules(model):
         kind = type(module).__name__
         first = {
             "ResidualBlock": "norm1.weight",
-            "SkipGate": "squeeze.weight",
+            "ChannelSpatialGate": "squeeze.weight",
             "Conv2d": "weight",
             "ConvTranspose2d": "weight",
         }.get(kind)
@@ -154,7 +154,7 @@ def modules(model):
             continue
         official = own_to_official[f"{path}.{first}"]
         parts = official.split(".")
-        if kind in ("ResidualBlock", "SkipGate") or parts[-2] == "op":
+        if kind in ("ResidualBlock", "ChannelSpatialGate") or parts[-2] == "op":
             names[path] = ".".join(parts[:3])
         elif parts[1] in ("inBlock", "outBlock", "fusion_outBlock"):
             names[path] = ".".join(parts[:2])
@@ -189,6 +189,15 @@ class TestSizes:
             fused = model(a, b)
         assert fused.shape == a.shape
         assert torch.isfinite(fused).all() and fused.min() >= 0 and fused.max() <= 1
+
+    def test_other_sizes_are_reflected_to_a_multiple(self):
+        model = tiny()
+        a, b = picture_pair((21, 30))
+        with torch.no_grad():
+            padded = [np.pad(x, ((0, 0), (0, 0), (0, 3), (0, 2)), mode="reflect") for x in (a, b)]
+            expected = model(*map(torch.from_numpy, padded))
+            assert torch.equal(model(a, b), expected[:, :, :21, :30])
+            assert model(a[:, :, :1, :1], b[:, :, :1, :1]).shape == (1, 1, 1, 1)
 
     def test_pictures_of_a_batch_do_not_meet(self):
         model = tiny()
