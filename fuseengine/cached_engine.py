@@ -66,7 +66,10 @@ def store(key: str, program: Program, stages: ModelStages, choice: Choice, repor
         "constants.npz": cache.pack_arrays(dict(program.constants)),
         "report.json": json.dumps(report.to_dict()).encode(),
         "choice.json": json.dumps(
-            [[v.stage, list(v.use), *choice[v], f"{i}.onnx"] for i, v in enumerate(variants)]
+            [
+                [v.stage, list(v.use), v.form, *choice[v], f"{i}.onnx"]
+                for i, v in enumerate(variants)
+            ]
         ).encode(),
     }
     for index, variant in enumerate(variants):
@@ -98,8 +101,8 @@ def load(key: str, settings: Settings, make: Callable[[], nn.Module]) -> Engine 
         report = Report.from_dict(json.loads(files["report.json"]))
         choice: dict[StageVariant, tuple[str, str]] = {}
         networks: dict[StageVariant, bytes] = {}
-        for stage, use, backend, precision, file in json.loads(files["choice.json"]):
-            variant = StageVariant(stage, tuple(use))
+        for stage, use, form, backend, precision, file in json.loads(files["choice.json"]):
+            variant = StageVariant(stage, tuple(use), form)
             choice[variant] = (backend, precision)
             if file in files:
                 networks[variant] = files[file]

@@ -185,8 +185,9 @@ class Engine:
     def _plan(self, size: tuple[int, int]) -> tuple[FrameAdapter, Executor]:
         plan = self._plans.get(size)
         if plan is None:
-            adapter = FrameAdapter(size, self.program.channels, self.program.multiple)
-            plan = adapter, self._executor(adapter.padded)
+            program = self.program
+            adapter = FrameAdapter(size, program.channels, program.multiple, program.padding)
+            plan = adapter, self._executor(adapter.padded).of_frame(size)
             self._plans[size] = plan
             while len(self._plans) > _SIZES_KEPT:
                 self._plans.popitem(last=False)

@@ -42,7 +42,8 @@ class Node:
         target: name of the stage or op.
         inputs: names of values.
         outputs: names of the values it makes; None where a stage's result is not used.
-        attrs: plain numbers, texts and lists of them.
+        attrs: plain numbers, texts and lists of them. A stage that is called with inputs of
+            different shapes has ``form``, the number of the shapes.
     """
 
     kind: str
@@ -69,6 +70,8 @@ class Program:
         values: every value by name.
         constants: arrays of the values that are known at compile time.
         nodes: calls in an order in which every input is made before it is used.
+        padding: what stands right of and below a frame whose size is no multiple: "reflect" (the
+            edge pixel is not repeated) or "white" (1.0).
     """
 
     model: str
@@ -79,6 +82,7 @@ class Program:
     values: Mapping[str, Value]
     constants: Mapping[str, NDArray[np.float32]]
     nodes: tuple[Node, ...]
+    padding: str = "reflect"
 
     def stage_calls(self) -> list[Node]:
         """The stage calls in order."""
@@ -128,6 +132,7 @@ class Program:
                 "model": self.model,
                 "channels": self.channels,
                 "multiple": self.multiple,
+                "padding": self.padding,
                 "inputs": list(self.inputs),
                 "output": self.output,
                 "values": {name: list(value.shape) for name, value in self.values.items()},
@@ -179,6 +184,7 @@ class Program:
                     )
                     for node in data["nodes"]
                 ),
+                padding=data.get("padding", "reflect"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CaptureError(f"not a program: {error!r}") from error
@@ -209,20 +215,24 @@ class StageVariant:
     Attributes:
         stage: dotted name of the submodule; "" is the whole model.
         use: indices of the used results.
+        form: which of the shapes it is called with; 0 where there is only one.
     """
 
     stage: str
     use: tuple[int, ...]
+    form: int = 0
 
     @classmethod
     def of(cls, node: Node) -> StageVariant:
         """The variant that a stage call needs."""
-        return cls(node.target, tuple(i for i, n in enumerate(node.outputs) if n is not None))
+        use = tuple(i for i, n in enumerate(node.outputs) if n is not None)
+        return cls(node.target, use, int(node.attrs.get("form", 0)))
 
     @property
     def label(self) -> str:
-        """A name fit for files and reports, such as ``unet`` or ``unet-0``."""
-        return f"{self.stage or 'model'}-{'-'.join(map(str, self.use))}"
+        """A name fit for files and reports, such as ``unet-0`` or ``project-0-1-2.form1``."""
+        form = f".form{self.form}" if self.form else ""
+        return f"{self.stage or 'model'}-{'-'.join(map(str, self.use))}{form}"
 
 
 def resolve(shape: Sequence[Dim], size: tuple[int, int]) -> tuple[int, ...]:

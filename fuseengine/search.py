@@ -305,7 +305,7 @@ def check_pairs(
 ) -> list[Pair]:
     """Model inputs to check on: the examples, or the demo pair (and its sources exchanged)."""
     size = settings.measured
-    adapter = FrameAdapter(size, program.channels, program.multiple)
+    adapter = FrameAdapter(size, program.channels, program.multiple, program.padding)
     if examples is None:
         infrared, visible = (_fit(frame, size) for frame in demo_pair())
         examples = [(infrared, visible)]

@@ -18,12 +18,18 @@ from torch import Tensor, fx, nn
 
 import fuseengine.kernels as kernels
 from fuseengine.errors import CaptureError
+from fuseengine.models.pictures import stretch
+from fuseengine.models.sampling import standard_normal, stream_seed
 from fuseengine.passes import run_passes
-from fuseengine.program import Node, Program, Value, symbolic
+from fuseengine.program import Node, Program, Shape, Value, symbolic
+from fuseengine.runtime.ops import FRAMED, PIXELWISE
 
-_PROBE_BLOCKS = ((8, 12), (12, 20))
-"""Two sizes, in units of the model's multiple, that differ in H, W, H / W and H * W. Small:
-they are really computed, because the meta device costs more (it imports all of torch._dynamo)."""
+_PROBE_BLOCKS = ((2, 3), (3, 5))
+"""Two sizes that differ in H, W, H / W and H * W. The unit is the model's multiple, repeated up to
+``_PROBE_UNIT``. Small: they are really computed, because the meta device costs more (it imports
+all of torch._dynamo)."""
+
+_PROBE_UNIT = 16
 
 
 _KEPT = ("placeholder", "output")
@@ -99,12 +105,14 @@ class _Recorder:
         self.model, self.stages = model, stages
         self.planes = 3 if getattr(model, "channels", "luma") == "rgb" else 1
         self.multiple = int(getattr(model, "multiple", 1))
-        first, second = ((self.multiple * h, self.multiple * w) for h, w in _PROBE_BLOCKS)
+        unit = self.multiple * -(-_PROBE_UNIT // self.multiple)
+        first, second = ((unit * h, unit * w) for h, w in _PROBE_BLOCKS)
         self.sizes = first, second
         self.values: dict[str, Value] = {}
         self.constants: dict[str, np.ndarray] = {}
         self.nodes: list[Node] = []
         self.names: dict[fx.Node, Any] = {}
+        self.forms: dict[str, list[list[Shape]]] = {}
 
     def record(self) -> Program:
         graph = self._trace()
@@ -139,8 +147,10 @@ class _Recorder:
             values=self.values,
             constants=self.constants,
             nodes=tuple(self.nodes),
+            padding=getattr(self.model, "padding", "reflect"),
         )
         program.check()
+        _check_framed(program)
         return program
 
     def _trace(self) -> fx.Graph:
@@ -149,8 +159,12 @@ class _Recorder:
             a, b = graph.placeholder("a"), graph.placeholder("b")
             graph.output(graph.create_node("call_module", "", (a, b), name="fused"))
             return graph
+        # What forward takes besides the pair (noise to hand in) stays at its default.
+        extra = list(inspect.signature(self.model.forward).parameters.values())[2:]
+        defaults = {p.name: p.default for p in extra if p.default is not p.empty}
         try:
-            graph = _StageTracer(self.stages).trace(self.model)
+            graph = _StageTracer(self.stages).trace(self.model, concrete_args=defaults)
+            _drop_inputs(graph, len(defaults))
             # Calls have no effect but their result; fx itself is not sure of that for stages.
             graph.eliminate_dead_code(is_impure_node=lambda node: node.op in _KEPT)
             return graph
@@ -228,7 +242,16 @@ class _Recorder:
             self.names[node] = outputs
         else:
             outputs = [self._value(node, node.name, shapes)]
-        self.nodes.append(Node("stage", str(node.target), tuple(inputs), tuple(outputs)))
+        attrs = self._form(str(node.target), [self.values[name].shape for name in inputs])
+        self.nodes.append(Node("stage", str(node.target), tuple(inputs), tuple(outputs), attrs))
+
+    def _form(self, stage: str, shapes: list[Shape]) -> dict[str, Any]:
+        """Which of the shapes that the stage is called with these are; nothing for the first."""
+        forms = self.forms.setdefault(stage, [])
+        if shapes not in forms:
+            forms.append(shapes)
+        form = forms.index(shapes)
+        return {"form": form} if form else {}
 
     def _operation(self, node: fx.Node, shapes: dict[fx.Node, Any]) -> None:
         if node.target is operator.getitem and isinstance(self.names.get(node.args[0]), list):
@@ -257,16 +280,50 @@ class _Recorder:
 
 
 class _ShapeInterpreter(fx.Interpreter):
-    """Runs a graph and keeps what every node gave."""
+    """Runs a graph and keeps what every node gave.
+
+    Shapes are all that counts, so a stage that was called with such shapes is not run again.
+    """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.seen: dict[fx.Node, Any] = {}
+        self.known: dict[Any, Any] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        shapes = tuple(x.shape if isinstance(x, Tensor) else x for x in args)
+        if (target, shapes) not in self.known:
+            self.known[target, shapes] = super().call_module(target, args, kwargs)
+        return self.known[target, shapes]
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         self.seen[n] = result
         return result
+
+
+def _check_framed(program: Program) -> None:
+    """What an op on the frame's own part made means nothing outside it: no network may read it."""
+    partial: set[str] = set()
+    for node in program.nodes:
+        found = partial.intersection(node.inputs)
+        if found and node.target not in PIXELWISE:
+            raise CaptureError(
+                f"{node.target or 'the model'} reads what {', '.join(sorted(FRAMED))} made; put "
+                "both into one stage, or use it on the fused picture only"
+            )
+        if found or (node.kind == "op" and node.target in FRAMED):
+            partial.update(node.made())
+
+
+def _drop_inputs(graph: fx.Graph, count: int) -> None:
+    """Remove the last placeholders, which nothing but fx's own assertions reads."""
+    if not count:
+        return
+    for node in [n for n in graph.nodes if n.op == "placeholder"][-count:]:
+        for user in list(node.users):
+            graph.erase_node(user)
+        graph.erase_node(node)
 
 
 def _attribute(module: nn.Module, path: str) -> Tensor:
@@ -330,9 +387,37 @@ _SCALES = ("sqrt_abar", "sqrt_one_minus_abar", "sqrt_abar_prev", "sqrt_one_minus
 
 
 def _ddim_step(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
-    if node.kwargs or len(node.args) != 2 + len(_SCALES):
-        raise CaptureError("ddim_step with noise is no op of a program")
-    return "ddim_step", list(node.args[:2]), dict(zip(_SCALES, node.args[2:], strict=True))
+    x, eps, *numbers = node.args
+    attrs = dict(zip(_SCALES, numbers[:4], strict=True))
+    if len(numbers) == 4:
+        return "ddim_step", [x, eps], attrs
+    noise, eta = numbers[4:]
+    return "ddim_step", [x, eps, noise], {**attrs, "eta": eta}
+
+
+def _compose_priors(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    attrs = dict(zip(_SCALES, node.args[4:], strict=True))
+    return "compose_priors", list(node.args[:4]), {**attrs, **node.kwargs}
+
+
+def _criss_cross_attention(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    q, k, v = node.args
+    return "criss_cross_attention", [q, k, v], {}
+
+
+def _stretch(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    return "stretch", [node.args[0]], {"per": node.kwargs["per"]}
+
+
+def _standard_normal(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    return "standard_normal", [], {"seed": stream_seed(node.kwargs["seed"], node.args[1])}
+
+
+def _full_like(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
+    _, value = node.args
+    if not _is_number(value):
+        raise CaptureError(f"full_like with {value}; expected a number")
+    return "full", [], {"value": float(value)}
 
 
 def _joint_ddim_step(node: fx.Node) -> tuple[str, list[fx.Node], dict[str, Any]]:
@@ -369,6 +454,11 @@ _RULES: dict[Any, Rule] = {
     operator.getitem: _slice,
     "clamp": _clamp,
     torch.clamp: _clamp,
+    stretch: _stretch,
+    standard_normal: _standard_normal,
+    torch.full_like: _full_like,
+    kernels.compose_priors: _compose_priors,
+    kernels.criss_cross_attention: _criss_cross_attention,
     kernels.ddim_step: _ddim_step,
     kernels.joint_ddim_step: _joint_ddim_step,
     kernels.block_mean: _block("block_mean"),

@@ -69,6 +69,82 @@ def tiny(name="drfusion-s", *, seed=0, **settings):
     return randomise(fe.build(name, **{"width": 8, "groups": 4, **settings}), seed)
 
 
+TINY = {
+    "drfusion": {"width": 8, "blocks": 1, "groups": 4},
+    "drfusion-s": {"width": 8, "groups": 4},
+    "dmfuse": {
+        "width": 8,
+        "multipliers": (1, 2, 2),
+        "blocks": 1,
+        "groups": 2,
+        "head_width": 8,
+        "attention": (2,),
+    },
+    "dmfuse-s": {"width": 8, "multipliers": (1, 1, 2), "groups": 2, "head_width": 8},
+    "drmf": {
+        "width": 8,
+        "weight_width": 8,
+        "multipliers": (1, 2, 2),
+        "blocks": 1,
+        "groups": 2,
+    },
+    "drmf-s": {"width": 8, "weight_width": 8, "multipliers": (1, 1, 2), "groups": 2},
+    "dmnet": {
+        "width": 8,
+        "layers": (2, 2, 1),
+        "heads": 2,
+        "unet_width": 4,
+        "multipliers": (1, 2, 2),
+        "blocks": 1,
+        "groups": 2,
+    },
+    "dmnet-s": {
+        "width": 8,
+        "layers": (2, 1, 1),
+        "heads": 2,
+        "unet_width": 4,
+        "multipliers": (1, 2, 2),
+        "groups": 2,
+    },
+    "mask-difuser": {
+        "width": 8,
+        "content_width": 4,
+        "content_blocks": 1,
+        "semantic_widths": (8, 8),
+        "semantic_layers": 1,
+        "multipliers": (1, 1, 2),
+        "blocks": 1,
+        "groups": 2,
+    },
+    "mask-difuser-s": {
+        "width": 8,
+        "content_width": 4,
+        "content_blocks": 1,
+        "semantic_widths": (8, 8, 8),
+        "semantic_layers": 1,
+        "multipliers": (1, 1, 2),
+        "attention": (2,),
+        "groups": 2,
+    },
+}
+"""Settings that make every system so small that a test can afford it, with all its parts."""
+
+
+def system(name, *, seed=0, **settings):
+    """A system of :data:`TINY` with random weights."""
+    return tiny(name, seed=seed, **{**TINY[name], **settings})
+
+
+def pictures_for(model, size, *, batch=1, seed=0):
+    """A pair (N, C, H, W) with the planes that a model takes; colours differ."""
+    import torch
+
+    if model.channels == "luma":
+        return picture_pair(size, batch=batch, seed=seed)
+    planes = [picture_pair(size, batch=batch, seed=seed + i) for i in range(3)]
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*planes, strict=True))
+
+
 def picture_pair(size, *, batch=1, seed=0):
     """Two smooth random pictures in [0, 1] as float32 tensors (N, 1, H, W)."""
     import torch

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 import fuseengine as fe
+from fuseengine.backends import BACKENDS
+from fuseengine.engine import Engine
 from fuseengine.errors import (
     CompileError,
     FrameError,
@@ -20,7 +22,7 @@ from fuseengine.errors import (
     UnknownNameError,
 )
 from fuseengine.report import Report
-from tests.helpers import psnr, randomise, tiny
+from tests.helpers import TINY, psnr, randomise, system, tiny
 
 SIZE = (37, 53)  # odd, and no multiple of the model's 4
 TOP = {"uint8": 255, "uint16": 65535, "float32": 1, "float64": 1}
@@ -37,6 +39,13 @@ def quick(model, **options):
     """Compiled with the backend that lowers fastest, on one thread, without the cache."""
     given = {"size": SIZE, "backend": "onnxruntime", "threads": 1, "cache": False, **options}
     return fe.compile(model, **given)
+
+
+def for_any_size(engine):
+    """What compile(size=None) gives, without measuring at 480x640."""
+    source, choice = engine._source, engine._choice
+    given = {"size": None, "device": "cpu", "threads": 1}
+    return Engine(engine.program, source, choice, engine.report, **given)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +230,67 @@ class TestFrames:
             with pytest.raises(FrameError):
                 engine(*pair)
         assert engine(good, good).shape == SIZE  # and the engine lives on
+
+
+@pytest.fixture(scope="module", params=TINY)
+def compiled(request):
+    model = system(request.param)
+    return model, for_any_size(quick(model))
+
+
+class TestSystems:
+    """Each family, at its official structure and its small one, padded by its own rule."""
+
+    @pytest.mark.parametrize("offset", [(0, 0), (-1, -5), (3, 1)])
+    def test_equals_the_model(self, compiled, offset):
+        """Sizes that are multiples, and such that are not."""
+        model, engine = compiled
+        unit = max(model.multiple, 16)
+        size = (2 * unit + offset[0], 3 * unit + offset[1])
+        colour = (3,) if model.channels == "rgb" else ()
+        ir, vis = frame((*size, *colour), "float32"), frame((*size, *colour), "float32", seed=1)
+        pair = [
+            torch.from_numpy(x.reshape(*size, -1)).permute(2, 0, 1)[None].contiguous()
+            for x in (ir, vis)
+        ]
+        with torch.no_grad():
+            wanted = model(*pair)[0].permute(1, 2, 0).numpy().reshape(vis.shape)
+        # Samplers divide float32 rounding by sqrt(abar), 0.04 at their first step.
+        np.testing.assert_allclose(engine(ir, vis), wanted, rtol=0, atol=5e-5)
+        assert wanted.std() > 1e-3
+
+    def test_sizes_that_pad_alike_do_not_mix(self):
+        """min-max looks at the frame alone, so such sizes share networks but no buffers."""
+        model = system("drmf")
+        engine = for_any_size(quick(model))
+        results = {}
+        for size in ((30, 31), (32, 32), (17, 32), (30, 31)):
+            ir, vis = frame((*size, 3), seed=2), frame((*size, 3), seed=3)
+            result = engine(ir, vis)
+            assert np.array_equal(results.setdefault(size, result), result)
+            assert (result.min((0, 1)) == 0).all() and (result.max((0, 1)) == 255).all()
+        runners = [set(map(id, e.runners.values())) for _, e in engine._plans.values()]
+        assert runners[0] == runners[1] == runners[2]
+
+    @pytest.mark.parametrize("name", ["dmfuse-s", "mask-difuser"])
+    def test_every_backend(self, name):
+        """Stages with several shapes, several outputs, attention: each backend inside the guard."""
+        engine = quick(system(name), size=SIZE, backend="auto", effort="quick")
+        exact = [c for c in engine.report.candidates if c.precision == "fp32" and c.milliseconds]
+        installed = {n for n, b in BACKENDS.items() if b.quick and not b.unavailable("cpu")}
+        assert {"openvino", "onnxruntime"} & installed <= {c.backend for c in exact}
+        assert all(c.psnr_db > 80 and "refused" not in c.note for c in exact)
+        assert engine.report.psnr_db > 45
+
+    def test_cache(self):
+        model = system("dmfuse-s")
+        first = quick(model, cache=True)
+        second = quick(system("dmfuse-s"), cache=True)
+        assert not first.report.from_cache and second.report.from_cache
+        assert second.program.padding == "white"
+        pair = frame(SIZE), frame((*SIZE, 3), seed=1)
+        np.testing.assert_array_equal(first(*pair), second(*pair))
+        assert not quick(system("dmfuse-s", seed=1), cache=True).report.from_cache
 
 
 class TestSizes:

@@ -64,6 +64,13 @@ class TestText:
         assert data["schema"] == 1
         assert data["constants"] == ["shift"]
 
+    def test_padding(self):
+        program = dataclasses.replace(make(), padding="white")
+        assert Program.from_json(program.to_json(), program.constants).padding == "white"
+        older = json.loads(program.to_json())
+        del older["padding"]
+        assert Program.from_json(json.dumps(older), program.constants).padding == "reflect"
+
     def test_no_torch(self):
         run_python(BLOCK_TORCH + "import fuseengine.program, fuseengine.runtime.executor")
 

@@ -11,11 +11,13 @@ from fuseengine import kernels
 from fuseengine.backends import BACKENDS
 from fuseengine.errors import CaptureError
 from fuseengine.models.observation import Blur, Compose, Downsample, Identity
+from fuseengine.models.pictures import stretch
+from fuseengine.models.sampling import standard_normal, stream_seed
 from fuseengine.program import Program
 from fuseengine.runtime.executor import Executor
 from fuseengine.stages import ModelStages
 from fuseengine.tracing import capture
-from tests.helpers import picture_pair, tiny
+from tests.helpers import TINY, picture_pair, pictures_for, system, tiny
 
 
 def execute(program, model, pair):
@@ -120,6 +122,152 @@ class TestDRFusion:
         assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
+@pytest.fixture(scope="module", params=TINY)
+def captured_system(request):
+    model = system(request.param)
+    return model, capture(model)
+
+
+class TestSystems:
+    """Every family at its official structure and at its small one."""
+
+    @pytest.mark.parametrize("blocks", [(2, 3), (3, 2)])
+    def test_computes_the_same(self, captured_system, blocks):
+        model, program = captured_system
+        pair = pictures_for(model, tuple(model.multiple * n for n in blocks))
+        with torch.no_grad():
+            expected = model(*pair)
+        result = execute(program, model, pair)
+        # Float32 on both sides; samplers divide by sqrt(abar), 0.04 at their first step.
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
+        assert result.std() > 1e-3
+
+    def test_round_trip(self, captured_system):
+        model, program = captured_system
+        again = Program.from_json(program.to_json(), program.constants)
+        assert str(again) == str(program) and again.variants() == program.variants()
+        pair = pictures_for(model, (2 * model.multiple, 2 * model.multiple))
+        assert torch.equal(execute(again, model, pair), execute(program, model, pair))
+
+    def test_planes(self, captured_system):
+        model, program = captured_system
+        planes = 3 if model.channels == "rgb" else 1
+        assert program.channels == model.channels
+        for name in (*program.inputs, program.output):
+            assert program.values[name].shape == (1, planes, "H", "W")
+
+    def test_padding_is_part_of_the_program(self, captured_system):
+        model, program = captured_system
+        assert program.padding == model.padding
+        assert Program.from_json(program.to_json(), program.constants).padding == model.padding
+
+    def test_another_seed_is_another_program(self):
+        model, other = system("drmf-s", seed=0), system("drmf-s", seed=0)
+        other.seed = 7
+        assert capture(model).to_json() != capture(other).to_json()
+        pair = pictures_for(model, (32, 32))
+        with torch.no_grad():
+            expected = other(*pair)
+            assert (expected - model(*pair)).abs().max() > 1e-2
+        result = execute(capture(other), other, pair)
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
+
+    @pytest.mark.parametrize(
+        ("name", "settings"),
+        [
+            ("drmf", {"task": "medical", "steps": 3}),
+            ("drmf", {"task": "restore", "steps": 2}),
+            ("drmf", {"update": "paper", "scaling": "clamp", "steps": 2}),
+            ("dmfuse", {"update": "paper", "times": (9,)}),
+            ("mask-difuser", {"eta": 0.0, "predict": "clean"}),
+            ("mask-difuser", {"eta": 0.5, "scaling": "clamp", "steps": 2}),
+        ],
+        ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
+    )
+    def test_other_settings(self, name, settings):
+        model = system(name, **settings)
+        pair = pictures_for(model, (2 * model.multiple, 3 * model.multiple))
+        with torch.no_grad():
+            expected = model(*pair)
+        result = execute(capture(model), model, pair)
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
+
+
+class TestForms:
+    """A stage that is called with several shapes."""
+
+    def two_sizes(self):
+        def forward(self, a, b):
+            half = self.net(kernels.block_mean(a, 2))
+            return self.net(a) + kernels.block_repeat(half, 2) + self.net(b)
+
+        return staged(forward, multiple=2)
+
+    def test_each_shape_is_a_form(self):
+        model = self.two_sizes()
+        program = capture(model)
+        forms = [n.attrs.get("form", 0) for n in program.stage_calls()]
+        assert forms == [0, 1, 1]  # numbered in the order in which they are met
+        variants = program.variants()
+        assert [v.label for v in variants] == ["net-0", "net-0.form1"]
+        assert [len(calls) for calls in variants.values()] == [1, 2]
+
+    def test_runs(self):
+        model, pair = self.two_sizes(), picture_pair((6, 10))
+        with torch.no_grad():
+            torch.testing.assert_close(execute(capture(model), model, pair), model(*pair))
+
+    def test_shared_layers_of_the_pyramid(self):
+        """DMFuse's decoder and projections serve every level."""
+        program = capture(system("dmfuse"))
+        labels = [v.label for v in program.variants()]
+        assert {"decoder-0", "decoder-0.form1", "project-0-1-2.form2"} <= set(labels)
+
+
+class TestRandomNumbers:
+    def noisy(self, **options):
+        def forward(self, a, b):
+            noise = standard_normal(a, "x_T", seed=3, **options)
+            return self.net(a) + (noise * 0.5)[:, :1] + b * 0.0
+
+        return staged(forward)
+
+    @pytest.mark.parametrize("channels", [None, 2])
+    def test_are_made_when_the_size_is_known(self, channels):
+        model = self.noisy(channels=channels)
+        program = capture(model)
+        (node,) = [n for n in program.nodes if n.target == "standard_normal"]
+        assert node.inputs == () and node.attrs == {"seed": stream_seed(3, "x_T")}
+        shape = program.values[node.outputs[0]].shape
+        assert shape == (1, channels or 1, "H", "W")
+        for size in ((6, 8), (5, 11)):
+            pair = picture_pair(size)
+            with torch.no_grad():
+                torch.testing.assert_close(execute(program, model, pair), model(*pair))
+
+    def test_names_are_streams(self):
+        seeds = {stream_seed(0, name) for name in ("x_T", "z_t800", "noise_ir_t5", "noise_vi_t5")}
+        assert len(seeds) == 4
+        attrs = [
+            node.attrs["seed"]
+            for node in capture(system("mask-difuser")).nodes
+            if node.target == "standard_normal"
+        ]
+        assert attrs == [
+            stream_seed(0, n) for n in ("x_T", *(f"z_t{t}" for t in (800, 600, 400, 200)))
+        ]
+
+    def test_full(self):
+        model = staged(lambda self, a, b: self.net(torch.cat([a, torch.full_like(b, 0.25)], 1)))
+        model.net = nn.Conv2d(2, 1, 3, padding=1)
+        program = capture(model)
+        (node,) = [n for n in program.nodes if n.target == "full"]
+        assert node.inputs == () and node.attrs == {"value": 0.25}
+        pair = picture_pair((6, 8))
+        with torch.no_grad():
+            torch.testing.assert_close(execute(program, model, pair), model(*pair))
+
+
 class Concat(nn.Module):
     """A network of a user's own, with nothing marked."""
 
@@ -156,12 +304,17 @@ class TestOwnModels:
             x = torch.cat([x, self.net(b)], dim=1)[:, :1] / (2.0 + b * b)
             x = x + kernels.block_repeat(kernels.block_mean(b, 2), 2)
             x = kernels.ddim_step(x, a, 0.6, 0.8, 0.8, 0.6)
+            x = kernels.ddim_step(x, a, 0.6, 0.8, 0.8, 0.6, b, 0.5)
+            x = kernels.compose_priors(x, a, b, b * 0.5, 0.6, 0.8, 0.8, 0.6, form="paper")
+            x = x + kernels.criss_cross_attention(a, b, x)
+            x = stretch(x, per="picture") + stretch(x)
             return torch.clamp(3.0 / (x.clamp(min=0.1) + torch.sub(b, 0.25)), -1.0, 1.0)
 
         model = staged(forward, multiple=2)
         program = capture(model)
         used = {n.target for n in program.nodes if n.kind == "op"}
-        expected = {"add", "sub", "mul", "div", "concat", "slice", "clamp", "ddim_step"}
+        expected = {"add", "sub", "mul", "div", "concat", "slice", "clamp", "ddim_step", "stretch"}
+        expected |= {"compose_priors", "criss_cross_attention"}
         assert used == expected | {"block_mean", "block_repeat"}
         pair = picture_pair((10, 6))
         with torch.no_grad():
@@ -202,6 +355,11 @@ class TestErrors:
             (lambda self, a, b: self.net(a)[:, :, ::2], "expected plain slices"),
             (lambda self, a, b: self.net(a)[0], "expected plain slices"),
             (lambda self, a, b: self.net(input=a), "'net' is called with keywords; use positions"),
+            (lambda self, a, b: self.net(stretch(a) + b), "net reads what stretch made"),
+            (
+                lambda self, a, b: torch.full_like(a, True) + b,
+                "full_like with True; expected a number",
+            ),
         ],
     )
     def test_what_a_program_cannot_say(self, body, message):
@@ -215,5 +373,5 @@ class TestErrors:
     def test_a_size_that_is_no_ratio(self):
         model = staged(lambda self, a, b: self.net(a))
         model.net = nn.Conv2d(1, 1, 3)  # two rows and columns fewer
-        with pytest.raises(CaptureError, match="a dimension is 10 at"):
+        with pytest.raises(CaptureError, match="a dimension is 30 at"):
             capture(model)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fuseengine.kernels as kernels
 from fuseengine.errors import CaptureError
+from fuseengine.models.pictures import stretch
 from fuseengine.program import Node
 
 Call = Callable[[], object]
@@ -116,7 +117,13 @@ def _scalar(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _step(inputs: Sequence[Tensor], attrs: Mapping[str, Any]) -> Tensor:
     scales = (attrs[name] for name in _SCALES)
-    return kernels.ddim_step(*inputs, *scales)
+    x, eps, *noise = inputs
+    return kernels.ddim_step(x, eps, *scales, *noise, *((attrs["eta"],) if noise else ()))
+
+
+def _composed(inputs: Sequence[Tensor], attrs: Mapping[str, Any]) -> Tensor:
+    scales = (attrs[name] for name in _SCALES)
+    return kernels.compose_priors(*inputs, *scales, form=attrs["form"])
 
 
 def _joint(inputs: Sequence[Tensor], attrs: Mapping[str, Any]) -> Tensor:
@@ -134,6 +141,9 @@ _OPS: dict[str, Callable[[Sequence[Tensor], Mapping[str, Any]], Tensor]] = {
     "concat": lambda inputs, attrs: torch.cat(list(inputs), dim=attrs["axis"]),
     "slice": lambda inputs, attrs: inputs[0][tuple(slice(*b) for b in attrs["bounds"])],
     "clamp": lambda inputs, attrs: inputs[0].clamp(attrs["min"], attrs["max"]),
+    "stretch": lambda inputs, attrs: stretch(inputs[0], per=attrs["per"]),
+    "compose_priors": _composed,
+    "criss_cross_attention": lambda inputs, attrs: kernels.criss_cross_attention(*inputs),
     "ddim_step": _step,
     "joint_ddim_step": _joint,
     "block_mean": lambda inputs, attrs: kernels.block_mean(inputs[0], attrs["scale"]),

@@ -115,6 +115,7 @@ class Executor:
         size: tuple[int, int],
         runners: Mapping[StageVariant, StageRunner],
         device: Device | None = None,
+        frame: tuple[int, int] | None = None,
     ) -> None:
         """Bind everything.
 
@@ -123,11 +124,13 @@ class Executor:
             size: padded height and width; multiples of ``program.multiple``.
             runners: a lowered network, for this size, per variant in ``program.variants()``.
             device: where to run; the CPU by default.
+            frame: height and width of the part, at the upper left, that a frame covers; the rest
+                is padding. All of it by default.
 
         Raises:
             CaptureError: the program does not fit the size or names unknown ops.
         """
-        self.program, self.size = program, size
+        self.program, self.size, self.frame = program, size, frame or size
         self.device: Device = device or CpuDevice()
         arrays = self._place()
         self._arrays = arrays
@@ -136,14 +139,29 @@ class Executor:
         self.runners = dict(runners)
         self._calls: list[tuple[Node, Call]] = []
         for node in program.nodes:
+            if _is_made(node):
+                continue
             given = [arrays[name] for name in node.inputs]
             made = [arrays[name] for name in node.made()]
+            if node.target in ops.FRAMED:
+                given, made = (
+                    [x[..., : self.frame[0], : self.frame[1]] for x in xs] for xs in (given, made)
+                )
             if node.kind == "stage":
                 call = runners[StageVariant.of(node)].bind(given, made)
             else:
                 call = self.device.bind_op(node, given, made[0])
             self._calls.append((node, call))
         self._run: Call | None = None
+
+    def of_frame(self, frame: tuple[int, int]) -> Executor:
+        """This executor if it serves such frames, else one with buffers of its own.
+
+        Both share the lowered stages, so they must not run at once.
+        """
+        if frame == self.frame or not any(n.target in ops.FRAMED for n in self.program.nodes):
+            return self
+        return Executor(self.program, self.size, self.runners, self.device, frame)
 
     def run(self) -> None:
         """Fuse what stands in the input arrays; the result stands in ``output``."""
@@ -193,8 +211,15 @@ class Executor:
         arrays = {name: self.device.constant(a) for name, a in program.constants.items()}
         for name in program.inputs:
             arrays[name] = self.device.empty(resolve(program.values[name].shape, self.size))
+        for node in filter(_is_made, program.nodes):
+            for name in node.made():
+                shape = resolve(program.values[name].shape, self.size)
+                arrays[name] = self.device.constant(ops.MAKERS[node.target](shape, node.attrs))
+                keep.add(name)
         free: dict[tuple[int, ...], list[Any]] = {}
         for index, node in enumerate(program.nodes):
+            if _is_made(node):
+                continue
             dying = [n for n in dict.fromkeys(node.inputs) if n not in keep and last[n] == index]
             in_place = ops.OPS[node.target].in_place if node.target in ops.OPS else ()
             reusable = [n for n in dying if node.inputs.index(n) in in_place]
@@ -213,6 +238,11 @@ class Executor:
             for name in dying:
                 free.setdefault(tuple(arrays[name].shape), []).append(arrays[name])
         return arrays
+
+
+def _is_made(node: Node) -> bool:
+    """Whether the node's result is known when the picture's size is."""
+    return node.kind == "op" and node.target in ops.MAKERS
 
 
 def _owner(array: Any) -> Any:

@@ -35,6 +35,7 @@ _SCALE = {
     np.dtype(np.float64): 1.0,
 }
 _PLANES = {"luma": 1, "rgb": 3}
+_PADDINGS = ("reflect", "white")
 
 # Beyond [0, 1] by more than this, a float frame is on another scale; less is rounding, clipped.
 _SLACK = 1e-3
@@ -50,19 +51,28 @@ class FrameAdapter:
         channels: "luma" or "rgb".
         planes: 1 or 3, the C below.
         padded: (height, width) of the buffers, ``size`` rounded up to the multiple.
+        padding: "reflect" or "white".
     """
 
-    def __init__(self, size: tuple[int, int], channels: str = "luma", multiple: int = 1) -> None:
+    def __init__(
+        self,
+        size: tuple[int, int],
+        channels: str = "luma",
+        multiple: int = 1,
+        padding: str = "reflect",
+    ) -> None:
         """Describes the frames.
 
         Args:
             size: (height, width), each at least 2 pixels.
             channels: "luma" (one plane) or "rgb" (three).
             multiple: The buffers' height and width are multiples of this.
+            padding: What stands right of and below the frame: "reflect" (the edge pixel is not
+                repeated) or "white" (1.0).
 
         Raises:
             SettingError: If size or multiple is out of range.
-            UnknownNameError: If channels is another word.
+            UnknownNameError: If channels or padding is another word.
         """
         height, width = (int(n) for n in size)
         if height < 2 or width < 2:
@@ -71,8 +81,11 @@ class FrameAdapter:
             raise SettingError(f"multiple: got {multiple}, expected 1 or more")
         if channels not in _PLANES:
             raise UnknownNameError("channels", channels, _PLANES)
+        if padding not in _PADDINGS:
+            raise UnknownNameError("padding", padding, _PADDINGS)
         self.size = (height, width)
         self.channels = channels
+        self.padding = padding
         self.planes = _PLANES[channels]
         self.padded = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
 
@@ -83,9 +96,9 @@ class FrameAdapter:
         a_out: NDArray[np.float32],
         b_out: NDArray[np.float32],
     ) -> None:
-        """Writes both frames, as floats in [0, 1] and reflect-padded, into the buffers.
+        """Writes both frames, as floats in [0, 1] and padded, into the buffers.
 
-        The edge pixel is not repeated (NumPy's "reflect"). Frames: (H, W) or (H, W, 3) RGB;
+        Frames: (H, W) or (H, W, 3) RGB;
         uint8, uint16 (full scale is 1.0), or float32, float64 in [0, 1]. A gray frame fills all
         three planes of an rgb model.
 
@@ -147,6 +160,9 @@ class FrameAdapter:
             )
         if not _native.frame_in(_to_native(frame), out[0], scale=scale):
             raise _not_finite(name, frame)
+        if self.padding == "white":
+            out[:, :, self.size[0] :] = 1.0
+            out[:, :, :, self.size[1] :] = 1.0
 
     def _scale(self, name: str, frame: Frame) -> float:
         scale = _SCALE.get(frame.dtype)

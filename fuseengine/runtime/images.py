@@ -163,7 +163,7 @@ def pair_files(
         ImageFileError: A folder cannot be listed, or has two images of one stem
             (``7.png`` and ``7.jpg``).
     """
-    infrared, visible = _by_stem(infrared_dir), _by_stem(visible_dir)
+    infrared, visible = files_by_stem(infrared_dir), files_by_stem(visible_dir)
     return PairedFiles(
         [(infrared[stem], visible[stem]) for stem in sorted(infrared) if stem in visible],
         [infrared[stem] for stem in sorted(infrared) if stem not in visible],
@@ -171,7 +171,15 @@ def pair_files(
     )
 
 
-def _by_stem(folder: str | os.PathLike[str]) -> dict[str, Path]:
+def files_by_stem(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The image files of a folder by their name without the suffix, sorted.
+
+    Args:
+        folder: An existing folder; its subfolders are not entered.
+
+    Raises:
+        ImageFileError: The folder cannot be listed, or has two images of one stem.
+    """
     files: dict[str, Path] = {}
     for path in list_images(folder):
         other = files.setdefault(path.stem, path)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fuseengine import _native
 from fuseengine.errors import CaptureError
+from fuseengine.runtime import random
 
 Array = NDArray[np.float32]
 Shape = tuple[int, ...]
@@ -28,10 +29,13 @@ class Op:
     Attributes:
         bind: (inputs, output, attrs) -> call.
         in_place: indices of inputs whose memory the output may share.
+        framed: whether it sees, and makes, only the part that the frame covers, because it looks
+            at the whole picture: a padded border must not change what it gives.
     """
 
     bind: Callable[[Sequence[Array], Array, Mapping[str, Any]], Call]
     in_place: tuple[int, ...] = ()
+    framed: bool = False
 
 
 def bind(name: str, inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
@@ -72,6 +76,18 @@ def _clamp(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> 
     return lambda: np.clip(x, low, high, out=output)
 
 
+def _stretch(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+    x, axes = inputs[0], (2, 3) if attrs["per"] == "channel" else (1, 2, 3)
+
+    def call() -> None:
+        low = x.min(axis=axes, keepdims=True)
+        span = x.max(axis=axes, keepdims=True) - low
+        np.subtract(x, low, out=output)
+        np.divide(output, np.where(span > 0, span, np.float32(1)), out=output)
+
+    return call
+
+
 _SCALES = ("sqrt_abar", "sqrt_one_minus_abar", "sqrt_abar_prev", "sqrt_one_minus_abar_prev")
 JOINT_FORMS = ("code", "paper")
 
@@ -85,17 +101,46 @@ def _joint_ddim_step(inputs: Sequence[Array], output: Array, attrs: Mapping[str,
 
 def _ddim_step(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
     now, rest, before, rest_before = (float(attrs[name]) for name in _SCALES)
-    x, eps = inputs
+    x, eps, *rest_inputs = inputs
+    noise, sigma = (rest_inputs[0] if rest_inputs else None), 0.0
+    if noise is not None:  # Song et al. 2021 (DDIM), equation 16
+        now2, before2 = now * now, before * before
+        ancestral = max((1.0 - now2 / before2) * (1.0 - before2) / (1.0 - now2), 0.0)
+        sigma = float(attrs["eta"]) * ancestral**0.5
     return lambda: _native.ddim_step(
         x,
         eps,
-        None,
+        noise,
         output,
         sqrt_abar=now,
         sqrt_one_minus_abar=rest,
         sqrt_abar_prev=before,
-        direction=rest_before,
+        direction=max(rest_before * rest_before - sigma * sigma, 0.0) ** 0.5,
+        sigma=sigma,
     )
+
+
+def _compose_priors(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+    now, rest, before, rest_before = (float(attrs[name]) for name in _SCALES)
+    x, eps_a, eps_b, weight = inputs
+    return lambda: _native.compose_priors(
+        x,
+        eps_a,
+        eps_b,
+        weight,
+        output,
+        sqrt_abar=now,
+        sqrt_one_minus_abar=rest,
+        sqrt_abar_prev=before,
+        direction=rest_before if attrs["form"] == "paper" else 0.0,
+    )
+
+
+def _criss_cross_attention(
+    inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]
+) -> Call:
+    q, k, v = inputs
+    return lambda: _native.criss_cross_attention(q, k, v, output)
 
 
 def _block_mean(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
@@ -114,6 +159,11 @@ def _block_repeat(inputs: Sequence[Array], output: Array, attrs: Mapping[str, An
 
 
 def _spectrum(kernel: Array, size: tuple[int, int]) -> NDArray[np.complex128]:
+    """Half spectrum (H, W // 2 + 1) of a kernel (h, w) whose centre tap is the origin.
+
+    By NumPy and not in the native module: a kernel is a constant of the program, so this runs once
+    when an engine is built, and the inverse of a small number wants float64.
+    """
     padded = np.zeros(size)
     rows = (np.arange(kernel.shape[0]) - kernel.shape[0] // 2) % size[0]
     columns = (np.arange(kernel.shape[1]) - kernel.shape[1] // 2) % size[1]
@@ -147,6 +197,9 @@ OPS: dict[str, Op] = {
     "concat": Op(_concat),
     "slice": Op(_slice),
     "clamp": Op(_clamp, in_place=(0,)),
+    "stretch": Op(_stretch, in_place=(0,), framed=True),
+    "compose_priors": Op(_compose_priors, in_place=(0, 1, 2)),
+    "criss_cross_attention": Op(_criss_cross_attention),
     "ddim_step": Op(_ddim_step, in_place=(0,)),
     "joint_ddim_step": Op(_joint_ddim_step, in_place=(0,)),
     "block_mean": Op(_block_mean),
@@ -154,3 +207,28 @@ OPS: dict[str, Op] = {
     "circular_convolution": Op(_circular_convolution),
     "wiener_deconvolution": Op(_wiener_deconvolution),
 }
+
+FRAMED = frozenset(name for name, op in OPS.items() if op.framed)
+
+PIXELWISE = frozenset(
+    ("add", "sub", "mul", "div", "clamp", "ddim_step", "compose_priors", "joint_ddim_step")
+)
+"""Ops of which every pixel of the result depends on the same pixel of the inputs alone."""
+
+
+def _standard_normal(shape: Shape, attrs: Mapping[str, Any]) -> Array:
+    # One picture's numbers, whatever the batch: a picture does not depend on its neighbours.
+    numbers = random.normal((1, *shape[1:]), seed=int(attrs["seed"]))
+    return np.broadcast_to(numbers, shape)
+
+
+def _full(shape: Shape, attrs: Mapping[str, Any]) -> Array:
+    return np.full(shape, attrs["value"], np.float32)
+
+
+MAKERS: dict[str, Callable[[Shape, Mapping[str, Any]], Array]] = {
+    "standard_normal": _standard_normal,
+    "full": _full,
+}
+"""Ops without inputs: what they give depends on the picture's size alone, so it is made once, when
+an engine is bound to a size."""

@@ -12,10 +12,21 @@ from torch import nn
 
 from fuseengine.errors import CompileError
 from fuseengine.export.onnx import OPSET, UnsupportedLayerError, stage_to_onnx
-from fuseengine.models.layers import ResidualBlock, SkipGate
+from fuseengine.models.dmfuse import FeatureEncoder, Join, Projections
+from fuseengine.models.dmnet import ChannelSpatialAttention, InvertibleLayer
+from fuseengine.models.layers import (
+    ChannelSpatialGate,
+    CrossAttention,
+    ResidualBlock,
+    SelfAttention,
+    attend,
+)
+from fuseengine.models.mask_difuser import FeatureMixer
+from fuseengine.models.transformer import ChannelNorm, TransformerLayer
+from fuseengine.program import resolve
 from fuseengine.stages import ModelStages
 from fuseengine.tracing import capture
-from tests.helpers import randomise, tiny
+from tests.helpers import TINY, randomise, system, tiny
 
 
 class Fn(nn.Module):
@@ -29,6 +40,17 @@ class Fn(nn.Module):
         return self.function(x)
 
 
+class Inside(nn.Module):
+    """A module as part of a network: alone it would be entered."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs):
+        return self.inner(*inputs)
+
+
 class Crop(nn.Module):
     """Cut to another picture's size, as the U-Net does after an up-step."""
 
@@ -37,12 +59,14 @@ class Crop(nn.Module):
 
 
 def session(model):
+    return ort_session(model.SerializeToString())
+
+
+def ort_session(content):
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    return ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def noise(*shape, seed=0):
@@ -67,7 +91,7 @@ def write(module, inputs, **options):
 
 def compare(module, sizes, planes=(4,), *, atol=2e-6, batch=1, **options):
     """One dynamic model at several sizes."""
-    module = randomise(nn.Sequential(module))  # as part of a network: alone it would be entered
+    module = randomise(Inside(module))
     shapes = [[(batch, c, *size) for c in planes] for size in sizes]
     with torch.no_grad():
         model = write(module, [noise(*shape) for shape in shapes[0]], **options)
@@ -96,6 +120,8 @@ LAYERS = {
     "conv dilation": nn.Conv2d(4, 6, 3, padding=2, dilation=2),
     "conv groups": nn.Conv2d(4, 8, 3, padding=1, groups=2),
     "conv depthwise": nn.Conv2d(4, 4, 3, padding=1, groups=4),
+    "conv reflect": nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    "conv reflect uneven": nn.Conv2d(4, 6, (1, 5), padding=(0, 2), padding_mode="reflect"),
     "conv up": nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1),
     "conv up no bias": nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False),
     "conv up groups": nn.ConvTranspose2d(4, 6, 3, padding=1, groups=2),
@@ -110,6 +136,12 @@ LAYERS = {
     "relu": nn.ReLU(),
     "sigmoid": nn.Sigmoid(),
     "tanh": nn.Tanh(),
+    "leaky relu": nn.LeakyReLU(0.3),
+    "relu6": nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU6()),
+    "gelu": nn.GELU(),
+    "upsample": nn.Upsample(scale_factor=2.0, mode="nearest"),
+    "upsample uneven": nn.Upsample(scale_factor=(1.0, 3.0), mode="nearest"),
+    "upsample bilinear": nn.Upsample(scale_factor=4, mode="bilinear"),
     "sequence": nn.Sequential(nn.Conv2d(4, 4, 1), nn.SiLU(), nn.Conv2d(4, 4, 1)),
 }
 
@@ -118,6 +150,45 @@ FUNCTIONS = {
     "relu": F.relu,
     "sigmoid": torch.sigmoid,
     "sigmoid method": lambda x: x.sigmoid(),
+    "leaky relu": lambda x: F.leaky_relu(x, 0.2),
+    "leaky relu default": F.leaky_relu,
+    "relu6": lambda x: F.relu6(x * 8.0),
+    "gelu": lambda x: F.gelu(x * 3.0),
+    "tanh": torch.tanh,
+    "exp": lambda x: torch.exp(x) + (-1.0 * x).exp(),
+    "rsqrt": lambda x: torch.rsqrt(x * x + 0.1),
+    "softmax": lambda x: torch.softmax(x, dim=-1) + x.softmax(1),
+    "normalize": lambda x: F.normalize(x, dim=-1) + F.normalize(x),
+    "normalize of zeros": lambda x: F.normalize(x * 0.0, dim=1),
+    "pad": lambda x: F.pad(x, (0, 1, 0, 1)),
+    "pad with a number": lambda x: F.pad(x, (2, 0, 0, 3), value=0.7),
+    "pad one side": lambda x: F.pad(x, (1, 2)),
+    "pad reflect": lambda x: F.pad(x, (1, 2, 3, 0), mode="reflect"),
+    "enlarge": lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"),
+    "enlarge bilinear": lambda x: F.interpolate(
+        x, scale_factor=4.0, mode="bilinear", align_corners=False
+    ),
+    "enlarge corners": lambda x: F.interpolate(
+        x, scale_factor=8.0, mode="bilinear", align_corners=True
+    ),
+    "chunk": lambda x: x.chunk(2, dim=1)[1] * torch.chunk(x, 4, 1)[0],
+    "chunk of the last": lambda x: torch.cat(x.exp().chunk(2, dim=-1)[::-1], dim=-1),
+    "unbind": lambda x: x.unbind(1)[2] - x.unbind(1)[0],
+    "place": lambda x: x[:, 2],
+    "place from the end": lambda x: x[:, -1, :, -2],
+    "place and new axis": lambda x: x[:, 1, None, :, None] + x[:, :, None, :2][:, 3, :, :1],
+    "matmul": lambda x: x @ x.transpose(-2, -1) + torch.matmul(x, x.transpose(2, 3)),
+    "flatten": lambda x: x.flatten(2),
+    "flatten between": lambda x: x.flatten(1, 2),
+    "flatten all": lambda x: x.flatten(),
+    "unflatten": lambda x: x.unflatten(1, (2, -1)),
+    "unflatten between": lambda x: x.unflatten(1, (2, 2)).flatten(0, 1),
+    "flat and back": lambda x: x.flatten(2).unflatten(2, (x.shape[2], x.shape[3])),
+    "flat and back in front": lambda x: x.flatten(1, 2).unflatten(1, (4, -1)),
+    "reshape": lambda x: x.reshape(x.shape[0], 2, x.shape[1] // 2, x.shape[2] * x.shape[-1]),
+    "view": lambda x: x.view(x.shape[0], -1) * 2.0,
+    "transposes": lambda x: x.flatten(2).transpose(1, 2)[:, None].transpose(0, -1),
+    "rank after reductions": lambda x: x.mean((2, 3)).unflatten(1, (2, 2)).transpose(1, 2),
     "mean": lambda x: x.mean(dim=(2, 3), keepdim=True),
     "mean of one": lambda x: x.mean(1, True),
     "amax": lambda x: x.amax(dim=(2, 3), keepdim=True),
@@ -205,7 +276,18 @@ class TestUnknown:
             (Fn(torch.erf), "no ONNX form for .*erf"),
             (Fn(lambda x: x.cumsum(1)), "no ONNX form for cumsum"),
             (Fn(lambda x: x[:, ::2]), "no ONNX form for index"),
-            (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding other than"),
+            (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "padding other than"),
+            (nn.GELU(approximate="tanh"), "gelu with approximate='tanh'"),
+            (nn.Upsample(size=(8, 8)), "interpolation with mode='nearest'"),
+            (Fn(lambda x: F.interpolate(x, scale_factor=1.5)), "scale_factor=1.5"),
+            (Fn(lambda x: F.interpolate(x, scale_factor=2.0, mode="bicubic")), "mode='bicubic'"),
+            (Fn(lambda x: F.pad(x, (1, 1, 1, 1), mode="circular")), "mode='circular'"),
+            (Fn(lambda x: F.normalize(x, p=1.0)), "normalize with p=1.0"),
+            (
+                Fn(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True)),
+                "attention with is_causal",
+            ),
+            (Fn(lambda x: x // 2.0), "no ONNX form for //"),
             (nn.Conv2d(4, 4, 3, padding="same"), "padding other than"),
             (Fn(lambda x: x if x.sum() > 0 else -x), "cannot be traced"),
         ],
@@ -231,7 +313,79 @@ class TestNetworks:
                 np.testing.assert_allclose(made, module(x, shift).numpy(), rtol=0, atol=2e-5)
 
     def test_skip_gate(self):
-        compare(SkipGate(16), SIZES, planes=(16,))
+        compare(ChannelSpatialGate(16), SIZES, planes=(16,))
+
+    @pytest.mark.parametrize(
+        ("network", "planes"),
+        [
+            (SelfAttention(8, groups=2), (8,)),
+            (CrossAttention(8, sources=2, groups=4), (8, 16, 16)),
+            (ChannelSpatialGate(16, combine="sum"), (16,)),
+            (ChannelNorm(8), (8,)),
+            (TransformerLayer(8, 2, 2.66), (8,)),
+            (InvertibleLayer(8), (8,)),
+            (ChannelSpatialAttention(16), (16,)),
+            (FeatureEncoder(8, 8), (8,)),
+            (Projections(16), (16,)),
+            (Join(learned=True), (4, 4, 4, 4)),
+            (FeatureMixer(8, 4), (8,)),
+        ],
+        ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "",
+    )
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_block(self, network, planes, batch):
+        compare(network, SIZES, planes=planes, batch=batch, atol=5e-6)
+
+    def test_attention_far_from_zero(self):
+        """Scores of some hundreds: the exponentials must be taken of differences."""
+        attention = Fn(lambda x: attend(x * 30.0, x * 30.0, x))
+        compare(attention, SIZES, planes=(8,), atol=5e-5)
+
+    def test_sources_smaller_than_the_picture(self):
+        """Keys and values of another size than the queries."""
+        module = randomise(nn.ModuleList([CrossAttention(8, sources=1, groups=2)]))[0]
+        with torch.no_grad():
+            runner = None
+            for size, smaller in (((6, 10), (3, 5)), ((4, 4), (5, 7))):
+                x, source = noise(1, 8, *size), noise(1, 16, *smaller, seed=1)
+                runner = runner or session(write(module, [x, source]))
+                (made,) = runner.run(None, {"in0": x.numpy(), "in1": source.numpy()})
+                wanted = module(x, source).numpy()
+                np.testing.assert_allclose(made, wanted, rtol=0, atol=5e-6)
+
+    def test_as_many_arguments_as_are_given(self):
+        class Sum(nn.Module):
+            def forward(self, first, *others):
+                return sum(others, first * 2.0)
+
+        inputs = [noise(1, 2, 4, 6, seed=i) for i in range(3)]
+        feeds = {f"in{i}": x.numpy() for i, x in enumerate(inputs)}
+        (made,) = session(write(Sum(), inputs)).run(None, feeds)
+        np.testing.assert_allclose(made, Sum()(*inputs).numpy(), rtol=1e-6)
+
+    @pytest.mark.parametrize("name", TINY)
+    def test_system(self, name):
+        """Every stage in every form it is called with, at two sizes, without PyTorch's exporter."""
+        model = system(name)
+        program = capture(model)
+        stages = ModelStages(model, program)
+        for variant, calls in program.variants().items():
+            runner = ort_session(stages.onnx(variant, fallback=False))
+            module = stages.module(variant)
+            for blocks in ((2, 3), (3, 2)):
+                size = tuple(model.multiple * n for n in blocks)
+                shapes = [resolve(program.values[n].shape, size) for n in calls[0].inputs]
+                inputs = [0.5 * noise(*shape, seed=i) for i, shape in enumerate(shapes)]
+                feeds = {f"in{i}": x.numpy() for i, x in enumerate(inputs)}
+                with torch.no_grad():
+                    wanted = module(*inputs)
+                wanted = wanted if isinstance(wanted, (tuple, list)) else (wanted,)
+                made = runner.run(None, feeds)
+                for index, array in zip(variant.use, made, strict=True):
+                    scale = max(1.0, float(wanted[index].abs().max()))
+                    np.testing.assert_allclose(
+                        array, wanted[index].numpy(), rtol=0, atol=1e-5 * scale
+                    )
 
     @pytest.mark.parametrize(
         ("use", "patch"), [(None, 1), (None, 2), ([0], 2), ([1], 1), ([1, 0], 2)]

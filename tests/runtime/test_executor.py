@@ -12,6 +12,7 @@ from fuseengine.backends.cuda_device import TorchDevice
 from fuseengine.engine import build_executor
 from fuseengine.errors import CaptureError
 from fuseengine.program import Node, Program, StageVariant, Value
+from fuseengine.runtime import random
 from fuseengine.runtime.executor import CpuDevice, Executor
 from fuseengine.stages import ModelStages
 from fuseengine.tracing import capture
@@ -95,6 +96,26 @@ class TestMemory:
         np.testing.assert_array_equal(executor.output, A + 10)
         np.testing.assert_array_equal(c, 5.0)
 
+    def test_what_is_made_at_binding_survives_a_run(self):
+        """Random numbers and fills are constants of the size: no op may write over them."""
+        nodes = [
+            op("standard_normal", "", "z", seed=5),
+            op("full", "", "c", value=3.0),
+            op("add", "z a", "x"),
+            op("mul", "c x", "y"),
+            op("add", "y z", "out"),
+        ]
+        executor = run(program_of(nodes), A, B)
+        z = random.normal((1, 1, 3, 4), seed=5)
+        for _ in range(2):
+            np.testing.assert_allclose(executor.output, 3 * (z + A) + z, rtol=1e-6)
+            executor.run()
+        assert [t.label for t in executor.profile(1)] == ["add", "mul", "add"]
+
+    def test_output_that_is_made_at_binding(self):
+        executor = run(program_of([op("full", "", "out", value=0.5)]), A, B)
+        assert (executor.output == 0.5).all() and executor.output.shape == A.shape
+
     def test_broadcast_result_does_not_take_the_smaller_buffer(self):
         shapes = {"x": (1, 2, "H", "W"), "y": (1, 1, "H", "W"), "out": (1, 2, "H", "W")}
         nodes = [
@@ -149,6 +170,48 @@ class TestMemory:
     def test_output_is_an_input(self):
         executor = run(program_of([], output="a"), A, B)
         np.testing.assert_array_equal(executor.output, A)
+
+
+class TestFrame:
+    """Frames that cover a part of the buffers: the rest is padding."""
+
+    def executor(self, frame):
+        nodes = [op("sub", "a b", "x"), op("stretch", "x", "out", per="channel")]
+        a = A.copy()
+        a[:, :, 2:] = 99.0  # padding that must not be seen
+        a[:, :, :, 3:] = -99.0
+        executor = Executor(program_of(nodes), (3, 4), {}, frame=frame)
+        executor.inputs[0][...], executor.inputs[1][...] = a, B
+        return executor
+
+    def test_statistics_are_of_the_frame(self):
+        executor = self.executor((2, 3))
+        for _ in range(2):
+            executor.run()
+            seen = executor.output[0, 0, :2, :3]
+            np.testing.assert_allclose(seen, A[0, 0, :2, :3] / 6, rtol=1e-6)
+
+    def test_whole_by_default(self):
+        executor = self.executor(None)
+        executor.run()
+        assert executor.frame == (3, 4)
+        assert executor.output.min() == 0 and executor.output.max() == 1
+
+    def test_of_frame(self):
+        executor = self.executor((2, 3))
+        assert executor.of_frame((2, 3)) is executor
+        other = executor.of_frame((2, 4))
+        assert other.frame == (2, 4) and other.runners == executor.runners
+        assert other.inputs[0] is not executor.inputs[0]
+        plain = Executor(program_of([op("add", "a b", "out")]), (3, 4), {})
+        assert plain.of_frame((2, 2)) is plain  # nothing in it looks at the whole picture
+
+    def test_torch_device(self):
+        nodes = [op("stretch", "a", "out", per="picture")]
+        executor = Executor(program_of(nodes), (3, 4), {}, TorchDevice("cpu"), (3, 2))
+        executor.inputs[0][...] = torch.from_numpy(A)
+        executor.run()
+        np.testing.assert_allclose(executor.output[0, 0, :, :2], A[0, 0, :, :2] / 9, rtol=1e-6)
 
 
 class TestRun:

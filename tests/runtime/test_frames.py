@@ -106,6 +106,21 @@ class TestAdapter:
             np.testing.assert_array_equal(out, result)
             assert np.isnan(whole[..., 1::2]).all()
 
+    @pytest.mark.parametrize("channels", ["luma", "rgb"])
+    def test_white_padding(self, channels):
+        """The frame as with reflection, white beside it."""
+        ir, vis = frame((5, 6)), frame((5, 6, 3), seed=1)
+        adapter = FrameAdapter((5, 6), channels, 4, "white")
+        plain = FrameAdapter((5, 6), channels, 4)
+        assert adapter.padding == "white" and plain.padding == "reflect"
+        loaded, expected = buffers(adapter), buffers(plain)
+        adapter.load(ir, vis, *loaded)
+        plain.load(ir, vis, *expected)
+        for white, reflected in zip(loaded, expected, strict=True):
+            np.testing.assert_array_equal(white[..., :5, :6], reflected[..., :5, :6])
+            assert (white[..., 5:, :] == 1).all() and (white[..., 6:] == 1).all()
+            assert not np.array_equal(white, reflected)
+
     def test_store_in_place(self):
         adapter = FrameAdapter((5, 7))
         vis = frame((5, 7, 3))
@@ -120,6 +135,10 @@ class TestAdapter:
         got = adapter.store(fused, frame((5, 7)))
         exact = np.tensordot(LUMA, fused.astype(float), 1) * 255
         assert got.shape == (5, 7) and np.abs(got - exact).max() <= 0.501
+
+    def test_unknown_padding(self):
+        with pytest.raises(UnknownNameError, match="unknown padding 'black'"):
+            FrameAdapter((4, 4), "luma", 4, "black")
 
     def test_refuses(self):
         with pytest.raises(SettingError, match="size: got 1x9, expected at least 2x2"):

@@ -11,8 +11,10 @@ import torch
 from fuseengine import kernels
 from fuseengine.backends.cuda_device import TorchDevice
 from fuseengine.errors import CaptureError
+from fuseengine.models.pictures import stretch
+from fuseengine.models.sampling import standard_normal, stream_seed
 from fuseengine.program import Node
-from fuseengine.runtime.ops import OPS, bind
+from fuseengine.runtime.ops import MAKERS, OPS, bind
 
 SCALES = dict(
     zip(
@@ -61,6 +63,34 @@ CASES = [
     Case("clamp", (FULL,), {"min": None, "max": 0.6}, lambda x: x.clamp(max=0.6)),
     Case("clamp", (FULL,), {"min": 0.4, "max": None}, lambda x: x.clamp(min=0.4)),
     Case("ddim_step", (FULL, FULL), SCALES, lambda *x: kernels.ddim_step_reference(*x, **SCALES)),
+    *(
+        Case(
+            "ddim_step",
+            (FULL, FULL, FULL),
+            {**SCALES, "eta": eta},
+            lambda x, eps, z, eta=eta: kernels.ddim_step_reference(
+                x, eps, **SCALES, noise=z, eta=eta
+            ),
+        )
+        for eta in (0.0, 0.5, 1.0)
+    ),
+    *(
+        Case(
+            "compose_priors",
+            (FULL, FULL, FULL, PLANE),
+            {**SCALES, "form": form},
+            lambda *x, form=form: kernels.compose_priors_reference(*x, **SCALES, form=form),
+        )
+        for form in ("code", "paper")
+    ),
+    Case(
+        "criss_cross_attention",
+        (PLANE, PLANE, FULL),
+        {},
+        kernels.criss_cross_attention_reference,
+    ),
+    Case("stretch", (FULL,), {"per": "channel"}, stretch),
+    Case("stretch", (FULL,), {"per": "picture"}, lambda x: stretch(x, per="picture")),
     *(
         Case(
             "joint_ddim_step",
@@ -145,6 +175,25 @@ class TestValues:
         device.bind_op(node, inputs, output)()
         tolerance = TOLERANCE.get(case.op, 2e-6)
         torch.testing.assert_close(output.double(), expected, rtol=0, atol=tolerance)
+
+
+class TestMakers:
+    """Ops whose result is known when the picture's size is."""
+
+    def test_standard_normal_is_the_models(self):
+        like = torch.zeros(2, 3, 5, 7)
+        expected = standard_normal(like, "z_t800", 2, seed=11).numpy()
+        made = MAKERS["standard_normal"]((2, 2, 5, 7), {"seed": stream_seed(11, "z_t800")})
+        np.testing.assert_array_equal(made, expected)
+        np.testing.assert_array_equal(made[0], made[1])  # a picture has no neighbours
+        assert not np.array_equal(made[0, 0], made[0, 1])
+
+    def test_full(self):
+        made = MAKERS["full"]((1, 2, 3), {"value": -1.0})
+        assert made.shape == (1, 2, 3) and made.dtype == np.float32 and (made == -1).all()
+
+    def test_are_no_ops_of_a_frame(self):
+        assert not set(MAKERS) & set(OPS)
 
 
 def test_unknown_op():
