@@ -18,11 +18,20 @@ Train a model on registered pairs without labels.
 The data folder holds ir/ and vis/ (or infrared/ and visible/, or a/ and b/) at
 any depth, with images paired by file name. The output folder gets
 weights.safetensors, log.jsonl, pictures to look at, and checkpoint.pt; where it
-holds a checkpoint already, the run goes on from it."""
+holds a checkpoint already, the run goes on from it.
+
+Some systems are trained in stages, each in its own folder inside the output
+folder, where the next one finds its weights:
+  dmfuse   diffusion (pictures of any kind), then fusion
+  dmnet    reconstruction, then fusion
+  drmf     restoration, then fusion
+drfusion and mask-difuser (pictures of any kind, best in colour) have one."""
 
 _EPILOG = """\
-example:
+examples:
   fuseengine train drfusion-s --data DATA --out OUT --stop-after 2h30m
+  fuseengine train drmf-s --stage restoration --data DATA --out OUT
+  fuseengine train drmf-s --stage fusion --data DATA --out OUT
 
 Ctrl-C stops at once (exit code 130): the last checkpoint, at most 500 steps
 old, stays, and the same command goes on from there. --stop-after saves first."""
@@ -40,8 +49,22 @@ def add_parser(commands: Any) -> None:
         formatter_class=RawHelp,
     )
     parser.add_argument("name", metavar="NAME", help="configuration, see 'fuseengine models'")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of pairs")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        action="append",
+        metavar="DIR",
+        help="folder of pairs, or of pictures; may be given several times",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--stage", metavar="NAME", help="what to train, see above")
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help="weights to start from (default: new ones, or those of the stage before)",
+    )
     # The defaults are TrainSettings'; it lives beside torch, which --help shall not import.
     parser.add_argument(
         "--steps", type=positive_int, metavar="N", help="optimiser steps in all (default: 20000)"
@@ -54,6 +77,14 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--batch", type=positive_int, metavar="N", help="patches per step (default: 4)"
+    )
+    parser.add_argument(
+        "--loss-weight",
+        type=_loss_weight,
+        action="append",
+        default=[],
+        metavar="TERM=W",
+        help="weight of a term of the loss; may be given several times",
     )
     parser.add_argument(
         "--seed", type=_seed, metavar="N", help="of weights, patches, degradations (default: 0)"
@@ -76,8 +107,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.device not in ("auto", "cpu", "cuda"):
         raise UnknownNameError("device", args.device, ["auto", "cpu", "cuda"])
-    if not args.data.is_dir():
-        raise SettingError(f"--data: no folder {args.data}; expected one with pairs, see --help")
+    for folder in args.data:
+        if not folder.is_dir():
+            raise SettingError(f"--data: no folder {folder}; expected one with pairs, see --help")
     if args.out.exists() and not args.out.is_dir():
         raise SettingError(f"--out: {args.out} is a file, expected a folder")
 
@@ -110,6 +142,9 @@ def run(args: argparse.Namespace) -> int:
             args.data,
             args.out,
             settings,
+            stage=args.stage,
+            init=args.init,
+            loss_weights=dict(args.loss_weight),
             device=device,
             progress=args.progress or sys.stderr.isatty(),
             stop_after=args.stop_after,
@@ -122,13 +157,14 @@ def run(args: argparse.Namespace) -> int:
         )
         return 130
     done = "done" if summary["steps"] >= settings.steps else "stopped; the same command goes on"
+    kind = "pairs" if "pairs" in summary else "pictures"
     print(
-        f"{args.name}: {summary['steps']} of {settings.steps} steps on {summary['pairs']} pairs in "
+        f"{args.name}: {summary['steps']} of {settings.steps} steps on {summary[kind]} {kind} in "
         f"{summary['seconds'] / 60:.1f} min on {device}: {done}"
     )
     if summary["losses"]:
         print("last losses: " + ", ".join(f"{k} {v:.4f}" for k, v in summary["losses"].items()))
-    print(f"weights: {args.out / 'weights.safetensors'}")
+    print(f"weights: {summary['weights']}")
     return 0
 
 
@@ -136,6 +172,18 @@ def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of 0 or more")
     return int(text)
+
+
+def _loss_weight(text: str) -> tuple[str, float]:
+    """Name and weight of TERM=W."""
+    name, _, number = text.partition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = -1.0
+    if not name or not 0.0 <= weight < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected TERM=W with a number W >= 0")
+    return name, weight
 
 
 def _duration(text: str) -> float:

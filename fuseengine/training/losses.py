@@ -55,3 +55,65 @@ def correlation(x: Tensor, y: Tensor, floor: float = 1e-6) -> Tensor:
 def out_of_range(x: Tensor) -> Tensor:
     """How far values lie outside [0, 1], L1: clamping them later loses their gradient."""
     return (F.relu(x - 1.0) + F.relu(-x)).mean()
+
+
+# --- terms of the published systems ---------------------------------------------------------------
+
+
+def edge_strength(x: Tensor) -> Tensor:
+    """``|gx| + |gy|`` with the plain Sobel kernels (1, 2, 1), as in the public codes; N1HW."""
+    return 4.0 * sobel(x).abs().sum(1, keepdim=True)
+
+
+def strongest_edges(fused: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``| |grad f| - max(|grad a|, |grad b|) |_1``: equation 19 of DMNet, DMFuse's, DRMF's."""
+    target = torch.maximum(edge_strength(a), edge_strength(b))
+    return (edge_strength(fused) - target).abs().mean()
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity per picture, (N,), for (N, C, H, W) in [0, 1], sides at least 11.
+
+    An 11 x 11 Gaussian window of sigma 1.5 where it fits, C1 = 0.01^2, C2 = 0.03^2, mean over
+    pixels and channels (Wang et al. 2004).
+    """
+    n, c, height, width = x.shape
+    at = torch.arange(11, dtype=x.dtype, device=x.device) - 5
+    taps = torch.exp(-0.5 * (at / 1.5) ** 2)
+    taps = taps / taps.sum()
+
+    def local(*products: Tensor) -> list[Tensor]:
+        flat = torch.cat([p.reshape(n * c, 1, height, width) for p in products])
+        flat = F.conv2d(F.conv2d(flat, taps[None, None, :, None]), taps[None, None, None])
+        return list(flat.chunk(len(products)))
+
+    mean_x, mean_y, xx, yy, xy = local(x, y, x * x, y * y, x * y)
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    variances = (xx - mean_x**2) + (yy - mean_y**2)
+    index = luminance * (2 * (xy - mean_x * mean_y) + c2) / (variances + c2)
+    return index.reshape(n, -1).mean(dim=1)
+
+
+def distance(x: Tensor, y: Tensor) -> Tensor:
+    """``||x - y||_2`` per picture over the root of its number of values, mean over pictures."""
+    square = ((x - y) ** 2).mean(dim=(1, 2, 3))
+    return (square + 1e-12).sqrt().mean()  # the root of 0 has no derivative
+
+
+def colour_angle(x: Tensor, y: Tensor) -> Tensor:
+    """Mean angle in radians between the RGB vectors of (N, 3, H, W) in [0, 1].
+
+    Equation 17 of Mask-DiFuser. Every channel gets a grey level more: black has no direction. The
+    arctangent of sine and cosine has a finite derivative at equal colours, the arccosine has not.
+    """
+    x, y = x + 1 / 255, y + 1 / 255
+    sine = (torch.linalg.cross(x, y, dim=1).square().sum(1) + 1e-12).sqrt()
+    return torch.atan2(sine, (x * y).sum(1)).mean()
+
+
+def to_ycbcr(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Luma (N, 1, H, W) and chroma (N, 2, H, W) about 0 of RGB pictures (BT.601 full range)."""
+    red, green, blue = x[:, :1], x[:, 1:2], x[:, 2:3]
+    y = 0.299 * red + 0.587 * green + 0.114 * blue
+    return y, torch.cat([(blue - y) / 1.772, (red - y) / 1.402], dim=1)

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from tqdm import tqdm
 
 from fuseengine.errors import TrainingError
 from fuseengine.models.base import FusionModel
-from fuseengine.training.data import PairPatches, PatchSettings
-from fuseengine.training.recipes import recipe_for
+from fuseengine.models.checkpoint import load_checkpoint
+from fuseengine.training.data import Patches, PatchSettings, Roots, find_pairs, find_pictures
+from fuseengine.training.recipes import recipe_for, stages_of
+from fuseengine.training.recipes.base import Recipe
 
-_CHECKPOINT = "checkpoint.pt"
+_CHECKPOINT, _WEIGHTS = "checkpoint.pt", "weights.safetensors"
 _VERSION = 1
 
 
@@ -71,10 +73,13 @@ class TrainSettings:
 
 def train(
     model: FusionModel,
-    data: str | Path,
+    data: Roots,
     out: str | Path,
     settings: TrainSettings | None = None,
     *,
+    stage: str | None = None,
+    init: str | Path | None = None,
+    loss_weights: Mapping[str, float] | None = None,
     device: str = "cpu",
     fresh: bool = True,
     progress: bool = True,
@@ -83,40 +88,130 @@ def train(
     """Train a model, or go on with the run that the output folder holds.
 
     Writes into the folder: ``checkpoint.pt`` (everything to resume), ``weights.safetensors`` (the
-    averaged weights), ``log.jsonl`` (a line of losses per 50 steps) and ``grid_<step>.png``. Files
-    are written beside their target and renamed, so that a stopped run loses nothing.
+    averaged weights of the whole model), ``log.jsonl`` (a line of losses per 50 steps) and
+    ``grid_<step>.png``. Files are written beside their target and renamed, so that a stopped run
+    loses nothing. A model that is trained in stages has a folder in it for each, named after the
+    stage; a later stage starts from the weights in the folder of the one before.
 
     Args:
         model: a model with a recipe; trained in place.
-        data: folder with pairs, see :func:`fuseengine.training.data.find_pair_folders`.
+        data: folder or folders with pairs, see :func:`fuseengine.training.data.find_pairs`, or with
+            pictures of any kind where the stage trains on single ones.
         out: folder to write to.
         settings: how to train.
+        stage: one of :func:`fuseengine.training.recipes.stages_of`; may be left out where there is
+            one.
+        init: weights to start from in place of new ones or those of the stage before.
+        loss_weights: weights of the loss's terms that replace the recipe's.
         device: torch device.
-        fresh: whether the recipe may initialise the model; False goes on from its weights.
+        fresh: whether the recipe may initialise the model, and a later stage may load the weights
+            of the one before; False goes on from the model's weights.
         progress: whether to show a progress bar.
         stop_after: seconds after which to save and stop, to go on later.
 
     Returns:
-        A summary: steps done, seconds over all resumptions, last losses, number of pairs.
+        A summary: steps done, seconds over all resumptions, last losses, number of pairs (or
+        pictures), the weights' path.
 
     Raises:
-        TrainingError: no data, no recipe, or a folder with a run of another model.
+        TrainingError: no data, no recipe, no weights of the stage before, or a folder with a run of
+            another model.
+        UnknownNameError: a stage or a term of the loss that does not exist.
+        CheckpointError: weights to start from that do not fit.
     """
     settings = settings or TrainSettings()
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    patches = PairPatches(data, PatchSettings(settings.patch, settings.batch), settings.seed)
-    if settings.patch % model.multiple:
-        raise TrainingError(
-            f"patch={settings.patch}; expected a multiple of {model.multiple} for {model.name!r}"
+    recipe = recipe_for(model, stage, loss_weights)
+    _check_patch(model, recipe, settings)
+    patches = _patches(model, recipe, data, settings)
+    stages = stages_of(model)
+    folder = Path(out) / recipe.stage if len(stages) > 1 else Path(out)
+    if fresh and not (folder / _CHECKPOINT).exists():
+        _start(model, recipe, stages, Path(out), init)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(device)
+    parameters = _freeze_all_but(model, recipe)
+    try:
+        step, seconds, losses = _loop(
+            model, recipe, patches, folder, settings, parameters, device, progress, stop_after
         )
-    recipe = recipe_for(model)
-    if fresh and not (out / _CHECKPOINT).exists():
+    finally:
+        model.requires_grad_(True).eval()
+    return {
+        "steps": step,
+        "seconds": seconds,
+        recipe.layout: len(patches),
+        "losses": losses,
+        "weights": folder / _WEIGHTS,
+    }
+
+
+def _check_patch(model: FusionModel, recipe: Recipe, settings: TrainSettings) -> None:
+    if settings.patch % model.multiple or settings.patch < recipe.smallest_patch:
+        least = f" and at least {recipe.smallest_patch}" * (recipe.smallest_patch > 1)
+        raise TrainingError(
+            f"patch={settings.patch}; expected a multiple of {model.multiple}{least} for "
+            f"{model.name!r}"
+        )
+
+
+def _patches(model: FusionModel, recipe: Recipe, data: Roots, settings: TrainSettings) -> Patches:
+    how = PatchSettings(settings.patch, settings.batch)
+    if not recipe.augment:
+        how = replace(how, tone_chance=0.0, grain_chance=0.0)
+    files = (find_pairs if recipe.layout == "pairs" else find_pictures)(data)
+    return Patches(files, how, settings.seed, channels=model.channels)
+
+
+def _start(
+    model: FusionModel, recipe: Recipe, stages: list[str], out: Path, init: str | Path | None
+) -> None:
+    """The weights that a stage begins with."""
+    before = stages.index(recipe.stage) - 1
+    if init is not None:
+        load_checkpoint(model, init)
+    elif before < 0:
         recipe.initialise(model)
-    model.to(device).train()
+    else:
+        weights = out / stages[before] / _WEIGHTS
+        if not weights.is_file():
+            raise TrainingError(
+                f"no {weights}; expected the weights of stage {stages[before]!r}, which comes "
+                f"before {recipe.stage!r}: train it first into the same folder, or give init=FILE"
+            )
+        load_checkpoint(model, weights)
+
+
+def _freeze_all_but(model: FusionModel, recipe: Recipe) -> list[nn.Parameter]:
+    """The parameters that the stage trains; nothing else gets gradients or dropout."""
+    model.requires_grad_(False).eval()
+    trained = recipe.trained(model)
+    for part in trained:
+        part.requires_grad_(True)
+    return [parameter for part in trained for parameter in part.parameters()]
+
+
+def _train_mode(model: FusionModel, recipe: Recipe) -> None:
+    model.eval()
+    for part in recipe.trained(model):
+        part.train()
+
+
+def _loop(
+    model: FusionModel,
+    recipe: Recipe,
+    patches: Patches,
+    out: Path,
+    settings: TrainSettings,
+    parameters: list[nn.Parameter],
+    device: str,
+    progress: bool,
+    stop_after: float | None,
+) -> tuple[int, float, dict[str, float]]:
+    """The optimiser's steps: how many are done, seconds over all resumptions, last losses."""
+    _train_mode(model, recipe)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    optimiser = torch.optim.Adam(model.parameters(), lr=settings.rate, betas=(0.9, 0.99))
-    start, spent = _resume(out, model, average, optimiser)
+    optimiser = torch.optim.Adam(parameters, lr=settings.rate, betas=(0.9, 0.99))
+    start, spent = _resume(out, model, recipe, average, optimiser)
     begin = time.monotonic()
     losses: dict[str, float] = {}
     bar = tqdm(
@@ -128,11 +223,11 @@ def train(
     )
     step = start
     for index in bar:
-        a, b = (x.to(device) for x in patches.batch(index))
+        pictures = [x.to(device) for x in patches.batch(index)]
         for group in optimiser.param_groups:
             group["lr"] = _rate(settings, index)
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
-        parts = recipe(model, a, b, generator)
+        parts = recipe(model, pictures, generator)
         loss = torch.stack(list(parts.values())).sum()
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
@@ -141,7 +236,7 @@ def train(
             )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        nn.utils.clip_grad_norm_(parameters, settings.clip)
         optimiser.step()
         _average(average, model, min(settings.ema, (1 + index) / (10 + index)))
         step = index + 1
@@ -153,19 +248,15 @@ def train(
                 log.write(json.dumps({"step": step, **losses}) + "\n")
         late = stop_after is not None and time.monotonic() - begin > stop_after
         if step % settings.save_every == 0 or step == settings.steps or late:
-            _save(out, model, average, optimiser, step, spent + time.monotonic() - begin, settings)
-        if step % settings.show_every == 0 or step == settings.steps:
-            _grid(out / f"grid_{step:06d}.png", model, average, patches, device)
+            seconds = spent + time.monotonic() - begin
+            _save(out, model, recipe, average, optimiser, step, seconds, settings)
+        if step % settings.show_every == 0 or step == settings.steps or late:
+            _grid(out / f"grid_{step:06d}.png", model, recipe, average, patches, device)
         if late:
             break
+    optimiser.zero_grad(set_to_none=True)
     model.load_state_dict(average)
-    model.eval()
-    return {
-        "steps": step,
-        "seconds": spent + time.monotonic() - begin,
-        "pairs": len(patches),
-        "losses": losses,
-    }
+    return step, spent + time.monotonic() - begin, losses
 
 
 def _rate(settings: TrainSettings, step: int) -> float:
@@ -186,6 +277,7 @@ def _average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None
 def _save(
     out: Path,
     model: FusionModel,
+    recipe: Recipe,
     average: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
     step: int,
@@ -195,24 +287,27 @@ def _save(
     content = {
         "version": _VERSION,
         "model": model.name,
+        "stage": recipe.stage,
         "weights": model.state_dict(),
         "average": average,
         "optimiser": optimiser.state_dict(),
         "step": step,
         "seconds": seconds,
         "settings": asdict(settings),
+        "loss_weights": asdict(recipe.weights),
     }
     temporary = out / f".{_CHECKPOINT}.{os.getpid()}"
     torch.save(content, temporary)
     temporary.replace(out / _CHECKPOINT)
     temporary = out / f".weights.{os.getpid()}"
     save_file({name: value.contiguous().cpu() for name, value in average.items()}, temporary)
-    temporary.replace(out / "weights.safetensors")
+    temporary.replace(out / _WEIGHTS)
 
 
 def _resume(
     out: Path,
     model: FusionModel,
+    recipe: Recipe,
     average: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
 ) -> tuple[int, float]:
@@ -232,6 +327,11 @@ def _resume(
             f"{path} belongs to a run of {state.get('model')!r} (version {state.get('version')}); "
             f"expected {model.name!r} (version {_VERSION}): choose another --out folder"
         )
+    if state.get("stage", recipe.stage) != recipe.stage:
+        raise TrainingError(
+            f"{path} belongs to stage {state['stage']!r}; expected {recipe.stage!r}: choose "
+            "another --out folder"
+        )
     try:
         model.load_state_dict(state["weights"])
         for name, value in state["average"].items():
@@ -247,17 +347,25 @@ def _resume(
 
 @torch.no_grad()
 def _grid(
-    path: Path, model: FusionModel, average: dict[str, Tensor], patches: PairPatches, device: str
+    path: Path,
+    model: FusionModel,
+    recipe: Recipe,
+    average: dict[str, Tensor],
+    patches: Patches,
+    device: str,
 ) -> None:
-    """Rows of infrared, visible, fused (averaged weights): the same four patches every time."""
+    """What the recipe shows, by the averaged weights: a row per patch, the same every time."""
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(average)
     model.eval()
-    a, b = (x.to(device) for x in patches.batch(2**31))
-    rows = torch.cat([a, b, model(a, b)], dim=3).cpu()
+    pictures = [x.to(device) for x in patches.batch(2**31)]
+    columns = recipe.show(model, pictures, torch.Generator().manual_seed(0))
     model.load_state_dict(kept)
-    model.train()
-    picture = rows.reshape(-1, rows.shape[-1]).mul(255).round().to(torch.uint8).numpy()
+    _train_mode(model, recipe)
+    planes = max(column.shape[1] for column in columns)
+    rows = torch.cat([column.expand(-1, planes, -1, -1) for column in columns], dim=3).cpu()
+    picture = rows.permute(0, 2, 3, 1).reshape(-1, rows.shape[-1], planes)
+    levels = picture.mul(255).round().to(torch.uint8).numpy()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    Image.fromarray(picture).save(temporary)
+    Image.fromarray(levels[..., 0] if planes == 1 else levels).save(temporary)
     temporary.replace(path)

@@ -38,6 +38,35 @@ def test_wrong_durations(text, capsys):
     assert "expected a time such as" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["", "ssim", "ssim=", "=1", "ssim=-1", "ssim=nan", "ssim=inf"])
+def test_wrong_loss_weights(text, capsys):
+    argv = ["train", "drfusion-s", "--data", ".", "--out", "o", f"--loss-weight={text}"]
+    assert main(argv) == 2
+    assert "expected TERM=W with a number W >= 0" in capsys.readouterr().err
+
+
+def test_what_is_handed_on(data, tmp_path, capsys, monkeypatch):
+    trainer = pytest.importorskip("fuseengine.training.trainer")
+    seen = {}
+
+    def fake(model, folders, out, settings, **options):
+        seen.update(options, name=model.name, data=folders, out=out, settings=settings)
+        weights = out / "fusion" / "weights.safetensors"
+        return {"steps": 5, "seconds": 60.0, "pictures": 7, "losses": {}, "weights": weights}
+
+    monkeypatch.setattr(trainer, "train", fake)
+    argv = ["train", "dmfuse-s", "--stage", "fusion", "--data", str(data), "--data", str(tmp_path)]
+    argv += ["--out", str(tmp_path / "out"), "--init", "first.pt", "--steps", "5"]
+    argv += ["--loss-weight", "ssim=2", "--loss-weight", "correlation=0.5", "--device", "cpu"]
+    assert main(argv) == 0
+    assert seen["data"] == [data, tmp_path] and seen["name"] == "dmfuse-s"
+    assert seen["stage"] == "fusion" and str(seen["init"]) == "first.pt"
+    assert seen["loss_weights"] == {"ssim": 2.0, "correlation": 0.5}
+    told = capsys.readouterr().out
+    assert "5 of 5 steps on 7 pictures in 1.0 min" in told
+    assert told.splitlines()[-1].endswith("weights.safetensors") and "fusion" in told
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -45,6 +74,11 @@ def test_wrong_durations(text, capsys):
         (["drfusion-s", "--data", "nowhere"], "no folder nowhere"),
         (["drfusion-s", "--device", "cpo"], "Did you mean 'cpu'?"),
         (["drfusion-s", "--patch", "37"], "expected a multiple of 4"),
+        (["drmf-s"], "expected one of restoration, fusion, in this order: give --stage NAME"),
+        (["drmf-s", "--stage", "restore"], "Did you mean 'restoration'?"),
+        (["drmf-s", "--stage", "fusion"], "into the same folder, or give --init FILE"),
+        (["drfusion-s", "--init", "nowhere.pt"], "nowhere.pt: no such file"),
+        (["drfusion-s", "--loss-weight", "range2=1"], "Did you mean 'range'?"),
     ],
 )
 def test_bad_input(data, tmp_path, capsys, change, text):

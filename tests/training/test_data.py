@@ -10,11 +10,14 @@ from PIL import Image
 from fuseengine.errors import TrainingError
 from fuseengine.training import losses
 from fuseengine.training.data import (
-    PairPatches,
+    Patches,
     PatchSettings,
     change_tone,
     find_pair_folders,
+    find_pairs,
+    find_pictures,
     read_luma,
+    read_planes,
 )
 from fuseengine.training.degradations import (
     add_noise,
@@ -48,7 +51,30 @@ class TestFolders:
     def test_several_sets(self, tmp_path):
         write_pairs(tmp_path / "one", ((16, 16),))
         write_pairs(tmp_path / "two", ((16, 16), (20, 20)), names=("infrared", "visible"))
-        assert len(PairPatches(tmp_path, PatchSettings(16, 1))) == 3
+        assert len(find_pairs(tmp_path)) == 3
+        assert len(find_pairs([tmp_path / "one", tmp_path / "two"])) == 3
+        assert len(find_pairs([tmp_path / "one"])) == 1
+
+    def test_clean_versions_are_taken(self, tmp_path):
+        write_pairs(tmp_path, ((16, 16), (16, 16)))
+        write_pairs(tmp_path, ((16, 16),), names=("ir_clean",))
+        ((first, second),) = find_pair_folders(tmp_path)
+        assert (first.name, second.name) == ("ir_clean", "vis")
+        assert len(find_pairs(tmp_path)) == 1
+        assert sorted(p.parent.name for (p,) in find_pictures(tmp_path)) == [
+            "ir_clean",
+            "vis",
+            "vis",
+        ]
+
+    def test_pictures(self, tmp_path):
+        write_pairs(tmp_path / "deep", ((16, 16),), names=("x",))
+        write_pairs(tmp_path, ((16, 16), (20, 20)), names=("y",))
+        assert len(find_pictures(tmp_path)) == 3
+        (tmp_path / "empty").mkdir()
+        for root in (tmp_path / "empty", tmp_path / "missing"):
+            with pytest.raises(TrainingError, match="no images; expected a folder"):
+                find_pictures([tmp_path, root])
 
     def test_none(self, tmp_path):
         (tmp_path / "ir").mkdir()
@@ -60,7 +86,7 @@ class TestFolders:
         write_pairs(tmp_path, ((16, 16),))
         Image.new("L", (17, 16)).save(tmp_path / "vis" / "00.png")
         with pytest.raises(TrainingError, match=r"\(16, 16\) and .* is \(16, 17\)"):
-            PairPatches(tmp_path, PatchSettings(16, 1))
+            Patches(find_pairs(tmp_path), PatchSettings(16, 1))
 
     def test_luma(self, tmp_path):
         colour = np.zeros((4, 5, 3), np.uint8)
@@ -70,11 +96,15 @@ class TestFolders:
         deep = np.array([[0, 257, 65535]] * 2, np.uint16)
         Image.fromarray(deep).save(tmp_path / "d.png")
         np.testing.assert_array_equal(read_luma(tmp_path / "d.png"), [[0, 1, 255]] * 2)
+        for channels, planes in (("luma", 1), ("rgb", 3)):
+            assert read_planes(tmp_path / "c.png", channels).shape == (planes, 4, 5)
+            assert read_planes(tmp_path / "d.png", channels).shape == (1, 2, 3)
+        assert read_planes(tmp_path / "c.png", "rgb")[:, 0, 0].tolist() == [200, 100, 50]
 
 
 class TestPatches:
     def patches(self, root, seed=0, size=24, batch=3):
-        return PairPatches(root, PatchSettings(size, batch), seed)
+        return Patches(find_pairs(root), PatchSettings(size, batch), seed)
 
     def test_a_batch_is_a_function_of_seed_and_number(self, tmp_path):
         write_pairs(tmp_path)
@@ -100,10 +130,31 @@ class TestPatches:
         write_pairs(tmp_path)
         for path in (tmp_path / "ir").iterdir():
             (tmp_path / "vis" / path.name).write_bytes(path.read_bytes())
-        patches = PairPatches(tmp_path, PatchSettings(16, 8, tone_chance=0.0, grain_chance=0.0))
+        plain = PatchSettings(16, 8, tone_chance=0.0, grain_chance=0.0)
+        patches = Patches(find_pairs(tmp_path), plain)
         for n in range(5):
             a, b = patches.batch(n)
             assert torch.equal(a, b) and a.std() > 0.01
+
+    def test_colour(self, tmp_path):
+        """Three planes of both; a grey picture's are equal, its partner's the file's colours."""
+        write_pairs(tmp_path)
+        for path in (tmp_path / "vis").iterdir():
+            grey = np.asarray(Image.open(tmp_path / "ir" / path.name))
+            Image.fromarray(np.stack([grey, grey // 2, grey // 4], -1)).save(path)
+        plain = PatchSettings(16, 4, tone_chance=0.0, grain_chance=0.0)
+        a, b = Patches(find_pairs(tmp_path), plain, channels="rgb").batch(0)
+        assert a.shape == b.shape == (4, 3, 16, 16) and a.std() > 0.01
+        assert torch.equal(a[:, 0], a[:, 1]) and torch.equal(a[:, 0], a[:, 2])
+        torch.testing.assert_close(b[:, 0], a[:, 0])
+        torch.testing.assert_close(b[:, 1], a[:, 0] / 2, rtol=0, atol=1 / 255)
+        torch.testing.assert_close(b[:, 2], a[:, 0] / 4, rtol=0, atol=1 / 255)
+
+    def test_single_pictures(self, tmp_path):
+        write_pairs(tmp_path)
+        patches = Patches(find_pictures(tmp_path), PatchSettings(16, 2), channels="rgb")
+        (x,) = patches.batch(0)
+        assert len(patches) == 6 and x.shape == (2, 3, 16, 16)
 
     def test_tone_stays_in_range_and_in_order(self):
         rng = np.random.default_rng(0)

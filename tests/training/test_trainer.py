@@ -54,7 +54,7 @@ class TestRecipe:
         optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
         seen = []
         for _ in range(12):
-            parts = recipe(model, a, b, torch.Generator().manual_seed(0))
+            parts = recipe(model, (a, b), torch.Generator().manual_seed(0))
             loss = torch.stack(list(parts.values())).sum()
             optimiser.zero_grad()
             loss.backward()
@@ -77,6 +77,7 @@ class TestTrain:
     def test_what_it_writes(self, data, tmp_path):
         _, summary = run(data, tmp_path / "out")
         assert summary["steps"] == 6 and summary["pairs"] == 3 and summary["seconds"] > 0
+        assert summary["weights"] == tmp_path / "out" / "weights.safetensors"
         assert np.isfinite(list(summary["losses"].values())).all()
         parts = [v for name, v in summary["losses"].items() if name != "loss"]
         assert summary["losses"]["loss"] == pytest.approx(sum(parts), rel=1e-5)

@@ -1,18 +1,17 @@
-"""What one optimiser step minimises, per family of models."""
+"""DRFusion: clean pairs are degraded at random and fused."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fuseengine.errors import TrainingError
-from fuseengine.models.base import FusionModel
 from fuseengine.models.drfusion import DRFusion
 from fuseengine.training import losses
 from fuseengine.training.degradations import degrade
+from fuseengine.training.recipes.base import Recipe, zero_head
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class DRFusionWeights:
     range: float = 5.0
 
 
-class DRFusionRecipe:
+class DRFusionRecipe(Recipe):
     """DRFusion's self-supervised training: clean pairs are degraded at random and fused.
 
     The targets are computed from the clean sources. The paper's fusion term |f - max| and |grad|
@@ -42,22 +41,26 @@ class DRFusionRecipe:
     differences carry the weight and the maximum only keeps targets bright.
     """
 
+    stage = "fusion"
+    augment = True
+    default = DRFusionWeights()
+
     def __init__(
-        self, *, degrade_chance: float = 0.05, weights: DRFusionWeights | None = None
+        self, weights: Mapping[str, float] | None = None, *, degrade_chance: float = 0.05
     ) -> None:
-        self.weights = weights or DRFusionWeights()
+        super().__init__(weights)
         self.degrade_chance = degrade_chance
 
-    def initialise(self, model: nn.Module) -> None:
+    def initialise(self, model: DRFusion) -> None:
         """Zero the heads: the untrained model is then the plain average (m = 1/2, no noise)."""
         for decoder in (model.unet.noise, model.unet.weight):
-            nn.init.zeros_(decoder.head.weight)
-            nn.init.zeros_(decoder.head.bias)
+            zero_head(decoder.head)
 
     def __call__(
-        self, model: nn.Module, a: Tensor, b: Tensor, generator: torch.Generator
+        self, model: DRFusion, pictures: Sequence[Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """The loss's terms, already weighted, for clean patches a (infrared) and b (visible)."""
+        """The loss's terms for clean patches a (infrared) and b (visible)."""
+        a, b = pictures
         seen_a = degrade(a, generator, infrared=True, chance=self.degrade_chance)
         seen_b = degrade(b, generator, infrared=False, chance=self.degrade_chance)
         joint = model.sample(seen_a, seen_b)
@@ -71,25 +74,8 @@ class DRFusionRecipe:
             "range": w.range * losses.out_of_range(fused),
         }
 
-
-class Recipe(Protocol):
-    """How a family of models is trained."""
-
-    def initialise(self, model: nn.Module) -> None:
-        """Prepare a model that has never been trained, in place."""
-
-    def __call__(
-        self, model: nn.Module, a: Tensor, b: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """The weighted terms of the loss, 0-d tensors, for clean patches (N, 1, H, W)."""
-
-
-def recipe_for(model: FusionModel) -> Recipe:
-    """The recipe of a model's family.
-
-    Raises:
-        TrainingError: the family has none.
-    """
-    if isinstance(model, DRFusion):
-        return DRFusionRecipe()
-    raise TrainingError(f"no training recipe for {type(model).__name__}; there is one for DRFusion")
+    def show(
+        self, model: DRFusion, pictures: Sequence[Tensor], generator: torch.Generator
+    ) -> list[Tensor]:
+        """Infrared, visible, fused."""
+        return [*pictures, model(*pictures)]

@@ -1,0 +1,107 @@
+"""What every recipe is to the trainer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fuseengine.errors import UnknownNameError
+from fuseengine.training import losses
+
+
+@dataclass(frozen=True)
+class ExtraWeights:
+    """Terms of this project that a published fusion loss can be given, by default without weight.
+
+    A loss of max(a, b) and the strongest |grad| alone is least for the washed-out maximum.
+
+    Attributes:
+        selection: :func:`losses.gradient_selection`.
+        correlation: :func:`losses.difference_correlation`.
+    """
+
+    selection: float = 0.0
+    correlation: float = 0.0
+
+    def terms(self, fused: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        """The terms that have a weight, for luma pictures."""
+        made = {}
+        if self.selection:
+            made["selection"] = self.selection * losses.gradient_selection(fused, a, b)
+        if self.correlation:
+            made["correlation"] = self.correlation * losses.difference_correlation(fused, a, b)
+        return made
+
+
+class Recipe(ABC):
+    """One stage of a system's training.
+
+    Args:
+        weights: weights of the loss's terms that replace :attr:`default`'s.
+
+    Raises:
+        UnknownNameError: a term that the recipe does not have.
+    """
+
+    stage: ClassVar[str]
+    """Name of the stage."""
+
+    layout: ClassVar[Literal["pairs", "pictures"]] = "pairs"
+    """Whether an item of the data is a registered pair or a picture."""
+
+    augment: ClassVar[bool] = False
+    """Whether tone curves and grain of the patches are changed, see ``PatchSettings``."""
+
+    smallest_patch: ClassVar[int] = 1
+    """What a patch's side must be at least."""
+
+    default: Any
+    """Weights of the loss's terms, a dataclass."""
+
+    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+        known = [field.name for field in fields(self.default)]
+        for name in weights or ():
+            if name not in known:
+                raise UnknownNameError("loss term", name, known)
+        self.weights = replace(self.default, **(weights or {}))
+
+    @classmethod
+    def suits(cls, model: Any) -> bool:
+        """Whether the stage exists for a model of the family."""
+        return True
+
+    def initialise(self, model: Any) -> None:  # noqa: B027 (PyTorch's own start is good for many)
+        """Prepare a model that has never been trained, in place, for this and later stages."""
+
+    def trained(self, model: Any) -> list[nn.Module]:
+        """The submodules that this stage trains; the others are frozen."""
+        return [model]
+
+    @abstractmethod
+    def __call__(
+        self, model: Any, pictures: Sequence[Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The weighted terms of the loss, 0-d tensors.
+
+        Args:
+            model: the model; its channels are the pictures'.
+            pictures: clean patches (N, C, H, W) in [0, 1]: a and b, or one.
+            generator: source of every draw, on the CPU.
+        """
+
+    @abstractmethod
+    def show(
+        self, model: Any, pictures: Sequence[Tensor], generator: torch.Generator
+    ) -> list[Tensor]:
+        """Columns of the grid to look at: (N, 1 or 3, H, W) in [0, 1]."""
+
+
+def zero_head(head: nn.Module) -> None:
+    """Make a convolution answer 0."""
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
