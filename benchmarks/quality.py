@@ -17,8 +17,11 @@ from tqdm import tqdm
 
 import fuseengine as fe
 from benchmarks.harness import Result, this_command
-from fuseengine.metrics import METRICS
+from fuseengine.metrics import evaluate
 from fuseengine.runtime.images import pair_files
+
+KEYS = ("EN", "SD", "SF", "AG", "SCD", "MI", "VIF", "Qabf")
+"""What papers on infrared and visible images print; higher is better for all of them."""
 
 
 def luma(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -41,8 +44,8 @@ def measure(
             "average": ((a.astype(np.uint16) + b + 1) // 2).astype(np.uint8),
         }
         for method, picture in fused.items():
-            for key, metric in METRICS.items():
-                values.setdefault(method, {}).setdefault(key, []).append(metric(picture, a, b))
+            for key, value in evaluate(picture, a, b, KEYS).items():
+                values.setdefault(method, {}).setdefault(key, []).append(value)
     return {
         method: {key: float(np.mean(seen)) for key, seen in metrics.items()}
         for method, metrics in values.items()

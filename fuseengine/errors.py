@@ -64,5 +64,9 @@ class CacheError(FuseEngineError):
     """A cache entry is damaged or the cache folder cannot be used."""
 
 
+class KernelStoreError(FuseEngineError):
+    """A folder of compiled kernels is missing, damaged or of another version."""
+
+
 class TrainingError(FuseEngineError):
     """Training cannot start, resume or go on."""
