@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from fuseengine.errors import CacheError
 
-_UNRELATED = ("cli", "training", "metrics")
+_UNRELATED = ("cli", "training", "metrics", "evaluation")
 """Parts of the package whose code does not decide what an engine is."""
 
 _LIBRARIES = ("torch", "onnxruntime", "openvino", "numpy")

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from fuseengine.cli import demo, fuse, models, train
+from fuseengine.cli import demo, evaluate, fuse, models, train
 from fuseengine.cli.common import RawHelp, one_line
 from fuseengine.errors import FuseEngineError
 
@@ -24,7 +24,7 @@ _EXTRAS = {
     "onnxscript": "compile",
     "openvino": "openvino",
     "safetensors": "compile",
-    "scipy": "train",
+    "scipy": "evaluate",
     "tensorrt": "tensorrt",
     "torch": "compile",
     "triton": "gpu",
@@ -127,6 +127,6 @@ def _make_parser() -> argparse.ArgumentParser:
         "--traceback", action="store_true", help="on an error, show where it came from"
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for module in (fuse, demo, models, train):
+    for module in (fuse, demo, evaluate, models, train):
         module.add_parser(commands)
     return parser

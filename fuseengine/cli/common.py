@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fuseengine.errors import ImageFileError
 from fuseengine.runtime.formats import SUFFIXES
@@ -13,13 +14,18 @@ from fuseengine.runtime.formats import SUFFIXES
 if TYPE_CHECKING:
     from fuseengine.engine import Engine
 
+_T = TypeVar("_T")
 
 _SPELLINGS = {
     "cache=False": "--no-cache",
     "device='cpu'": "--device cpu",
     "effort='full'": "--effort full",
+    "init=FILE": "--init FILE",
     "infrared_range=(lo, hi)": "--infrared-range LO,HI",
+    "jobs=N": "--jobs N",
     "resize='infrared'": "--resize infrared",
+    "skip=True": "--skip",
+    "stage='...'": "--stage NAME",
 }
 """How remedies spell an argument in Python -> how it is spelt here."""
 
@@ -136,6 +142,25 @@ def check_output_file(path: Path, *inputs: Path) -> None:
             raise ImageFileError(
                 f"cannot write {path}: it is one of the inputs; choose another output name"
             )
+
+
+def progress_bar(
+    args: argparse.Namespace, items: Iterable[_T], total: int, *, unit: str, desc: str
+) -> Iterable[_T]:
+    """The items, with a bar on standard error where that is a terminal or ``--progress`` is given.
+
+    Args:
+        args: has quiet and progress.
+        items: to pass on.
+        total: number of them.
+        unit: what one of them is.
+        desc: what is done, or by whom.
+    """
+    if args.quiet or not (args.progress or sys.stderr.isatty()):
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, unit=unit, desc=desc, file=sys.stderr)
 
 
 def note(args: argparse.Namespace, *lines: Any) -> None:

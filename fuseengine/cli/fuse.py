@@ -21,6 +21,7 @@ from fuseengine.cli.common import (
     make_engine,
     note,
     one_line,
+    progress_bar,
 )
 from fuseengine.errors import FuseEngineError, ImageFileError, SettingError
 from fuseengine.runtime.formats import SUFFIXES
@@ -84,7 +85,7 @@ def add_parser(commands: Any) -> None:
     )
     frames.add_argument(
         "--infrared-range",
-        type=_infrared_range,
+        type=infrared_range,
         metavar="minmax|LO,HI",
         help="values of the infrared image that become black and white: those of each image, or "
         "two numbers (a negative one needs '=': --infrared-range=-20,120)",
@@ -148,7 +149,7 @@ def _fuse_files(args: argparse.Namespace) -> int:
 
 
 @dataclass
-class _Summary:
+class FolderSummary:
     """What became of the pairs of two folders.
 
     The first pair of each size also prepares the engine for that size, so it is timed apart.
@@ -208,10 +209,10 @@ def _fuse_folders(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     engine = make_engine(args, None)
     _print_engine(args, engine)
-    summary = _Summary(len(found.pairs))
+    summary = FolderSummary(len(found.pairs))
     begin = time.perf_counter()
     try:
-        _fuse_pairs(args, engine, sorted(found.pairs, key=_size), suffix, summary)
+        fuse_pairs(args, engine, found.pairs, args.output, suffix, summary)
     finally:  # after Ctrl-C too: what is done is done
         failed = summary.failures or summary.written < summary.pairs
         if not args.quiet or failed:
@@ -221,15 +222,29 @@ def _fuse_folders(args: argparse.Namespace) -> int:
     return 2 if summary.failures else 0
 
 
-def _fuse_pairs(
+def fuse_pairs(
     args: argparse.Namespace,
     engine: Engine,
     pairs: Sequence[tuple[Path, Path]],
+    output: Path,
     suffix: str,
-    summary: _Summary,
+    summary: FolderSummary,
+    *,
+    warm: bool = False,
 ) -> None:
-    """Fuse pair after pair; threads read the next and write the last ones meanwhile."""
+    """Fuse pair after pair; threads read the next and write the last ones meanwhile.
+
+    Args:
+        args: the options of frames and of what is printed.
+        engine: takes any size.
+        pairs: infrared and visible files; those of one size are fused one after the other.
+        output: an existing folder.
+        suffix: of the files written.
+        summary: takes times, counts and failures.
+        warm: fuse the first pair of a size twice, so that every pair has a time of a ready engine.
+    """
     options = _frame_options(args)
+    pairs = sorted(pairs, key=_size)
     writing: deque[tuple[str, Future[None]]] = deque()
 
     def fail(name: str, error: Exception) -> None:
@@ -251,21 +266,25 @@ def _fuse_pairs(
 
     pool = ThreadPoolExecutor(_AHEAD)
     try:
-        for (infrared, visible), reading in _bar(args, _ahead(pool, _read, pairs), len(pairs)):
-            name = infrared.name if infrared.name == visible.name else visible.stem
+        for (infrared, visible), reading in progress_bar(
+            args, _ahead(pool, _read, pairs), len(pairs), unit="pair", desc=args.model
+        ):
+            name = pair_label(infrared, visible)
             try:
                 frames = reading.result()
-                begin = time.perf_counter()
-                fused = engine(*frames, **options)
-                elapsed = (time.perf_counter() - begin) * 1e3
-                if frames[1].shape[:2] in summary.first_milliseconds:
+                size = frames[1].shape[:2]
+                ready = size in summary.first_milliseconds
+                fused, elapsed = _timed(engine, frames, options)
+                if not ready:
+                    summary.first_milliseconds[size] = elapsed
+                    if warm:
+                        fused, elapsed = _timed(engine, frames, options)
+                if ready or warm:
                     summary.milliseconds.append(elapsed)
-                else:
-                    summary.first_milliseconds[frames[1].shape[:2]] = elapsed
             except Exception as error:
                 fail(name, error)
                 continue
-            target = args.output / (visible.stem + suffix)
+            target = output / (visible.stem + suffix)
             writing.append((name, pool.submit(_write, target, fused)))
             if len(writing) > _AHEAD:
                 finish_write()
@@ -275,6 +294,18 @@ def _fuse_pairs(
         pool.shutdown(cancel_futures=True)
         while writing:  # after Ctrl-C: those that were being written are whole
             finish_write()
+
+
+def pair_label(infrared: Path, visible: Path) -> str:
+    """What a pair is called in a list: its file name, or the stem where suffixes differ."""
+    return infrared.name if infrared.name == visible.name else visible.stem
+
+
+def _timed(engine: Engine, frames: tuple[Any, Any], options: dict[str, Any]) -> tuple[Any, float]:
+    """The fused frame and the milliseconds it took."""
+    begin = time.perf_counter()
+    fused = engine(*frames, **options)
+    return fused, (time.perf_counter() - begin) * 1e3
 
 
 def _ahead(
@@ -315,14 +346,6 @@ def _write(path: Path, fused: Any) -> None:
     write_image(path, fused)
 
 
-def _bar(args: argparse.Namespace, items: Iterable[_T], total: int) -> Iterable[_T]:
-    if args.quiet or not (args.progress or sys.stderr.isatty()):
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, total=total, unit="pair", desc=args.model, file=sys.stderr)
-
-
 def _print_engine(args: argparse.Namespace, engine: Engine) -> None:
     if args.report:
         print(engine.report)
@@ -334,7 +357,8 @@ def _frame_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"resize": args.resize, "infrared_range": args.infrared_range}
 
 
-def _infrared_range(text: str) -> tuple[float, float] | Literal["minmax"]:
+def infrared_range(text: str) -> tuple[float, float] | Literal["minmax"]:
+    """An argument that says what becomes black and white."""
     if text == "minmax":
         return "minmax"
     try:

@@ -13,7 +13,7 @@ import fuseengine.cli
 from fuseengine.cli import main
 from fuseengine.errors import FuseEngineError
 
-COMMANDS = ["fuse", "demo", "models", "train"]
+COMMANDS = ["fuse", "demo", "evaluate", "models", "train"]
 
 
 def one_error(capsys):
