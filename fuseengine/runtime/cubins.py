@@ -447,7 +447,7 @@ def _differences(have: Variant, want: Variant) -> list[str]:
             a, b = mine.get(name, "absent"), theirs.get(name, "absent")
             if a != b:
                 found.append(f"{name} {a}, wanted {b}")
-    if have.assumes != want.assumes:
+    if _assumed(have) != _assumed(want):
         found.append(f"{_assumed(have)}, wanted {_assumed(want)}")
     return found
 

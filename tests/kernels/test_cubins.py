@@ -6,7 +6,6 @@ checked. Real code is in test_aot.py, real launches in tests/gpu.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -296,11 +295,18 @@ class Recorder:
         self.module = types.ModuleType("cupy")
         self.module.cuda, self.module.RawModule = cuda, self.raw_module
 
-    @contextlib.contextmanager
     def within(self, *what):
-        self.calls.append(("enter", *what))
-        yield
-        self.calls.append(("leave", *what))
+        """A context that can be entered again and again, as CuPy's are."""
+        calls = self.calls
+
+        class Within:
+            def __enter__(self):
+                calls.append(("enter", *what))
+
+            def __exit__(self, *error):
+                calls.append(("leave", *what))
+
+        return Within()
 
     def device(self, index):
         return self.within("device", index)
