@@ -161,6 +161,7 @@ def interleave(
     warmup: int = 5,
     budget_s: float | None = None,
     synchronize: Callable[[], object] | None = None,
+    settle_s: float = 0.0,
 ) -> dict[str, Samples]:
     """Time contenders in turns, in this process.
 
@@ -176,6 +177,10 @@ def interleave(
             spent, even if fewer than `rounds` are done.
         synchronize: waits for the device, called before the clock starts and before it stops,
             for example `torch.cuda.synchronize`.
+        settle_s: before each timed call, after synchronize, a contender is called untimed for this
+            many seconds, unless its last warm-up call took as long. Cores that slept through a
+            pause come back with cold caches and, on a virtual machine, for some ten milliseconds
+            as two threads of one core. For calls that are done when they return.
 
     Returns:
         name -> samples, all of the same n.
@@ -192,10 +197,19 @@ def interleave(
     wait = synchronize or (lambda: None)
     times: dict[str, list[int]] = {name: [] for name in names}
 
+    settled: set[str] = set()
+
+    def settle(run: Callable[[], object]) -> None:
+        end = time.perf_counter() + settle_s
+        while time.perf_counter() < end:
+            run()
+
     def call(name: str) -> int:
         run = contenders[name]
         try:
             wait()
+            if name in settled:
+                settle(run)
             start = time.perf_counter_ns()
             run()
             wait()
@@ -207,9 +221,11 @@ def interleave(
     gc.collect()
     gc.disable()
     try:
+        last = dict.fromkeys(names, settle_s)
         for _ in range(warmup):
             for name in names:
-                call(name)
+                last[name] = call(name) / 1e9
+        settled.update(name for name in names if last[name] < settle_s)
         begin = time.monotonic()
         for k in range(rounds):
             shift = k % len(names)

@@ -15,9 +15,21 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
 
 namespace fuse {
 namespace {
+
+// What a processor is told in a loop that waits.
+inline void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+    __asm__ __volatile__("yield");
+#endif
+}
 
 int usable_processors() {
 #if defined(__linux__)
@@ -31,7 +43,14 @@ std::atomic<int> wanted{0};  // 0: not asked yet
 
 thread_local bool inside_loop = false;
 
-// Workers sleep between loops: an inference runtime has its own threads on the same cores.
+// Tens of microseconds of looking before going to sleep: an op of several loops, one behind the
+// other, would otherwise wake its workers for each.
+template <class Done>
+void spin(const Done& done) {
+    for (int look = 0; look < 1024 && !done(); ++look) relax();
+}
+
+// Workers sleep between ops: an inference runtime has its own threads on the same cores.
 class Pool {
 public:
     explicit Pool(int workers) {
@@ -61,6 +80,7 @@ public:
         }
         wake_.notify_all();
         execute(0);  // the caller takes the first range, which is never empty
+        spin([this] { return pending_.load() == 0; });
         std::unique_lock lock(mutex_);
         done_.wait(lock, [this] { return pending_ == 0; });
         body_ = nullptr;
@@ -71,6 +91,7 @@ private:
     void work(int index) {
         unsigned long seen = 0;
         for (;;) {
+            spin([&] { return generation_.load() != seen; });
             {
                 std::unique_lock lock(mutex_);
                 wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
@@ -100,8 +121,9 @@ private:
     std::condition_variable wake_, done_;
     const RangeBody* body_ = nullptr;
     std::ptrdiff_t count_ = 0, chunk_ = 0;
-    int pending_ = 0;
-    unsigned long generation_ = 0;
+    // Written under the mutex; read outside of it to spin.
+    std::atomic<int> pending_{0};
+    std::atomic<unsigned long> generation_{0};
     bool stop_ = false;
     std::exception_ptr error_;
     std::vector<std::thread> threads_;

@@ -1,26 +1,30 @@
-// Uninitialised float32 memory on a cache line's boundary, freed at the end of the scope.
+// Uninitialised float32 memory on a cache line's boundary, given back at the end of the scope.
+//
+// What is given back stays with the thread, up to kKept floats, for its next kernel: memory that goes
+// to the system and comes again costs a page fault per 4 KB, for the Wiener filter of a VGA picture
+// half as much as the filter.
 #pragma once
 
 #include <cstddef>
 #include <memory>
-#include <new>
 
 namespace fuse {
 
 class Scratch {
 public:
-    explicit Scratch(std::ptrdiff_t count)
-        : memory_(static_cast<float*>(::operator new(
-              static_cast<std::size_t>(count > 0 ? count : 1) * sizeof(float), kAlignment))) {}
+    // Most that a thread keeps: 16 MB.
+    static constexpr std::size_t kKept = std::size_t{4} << 20;
+
+    explicit Scratch(std::ptrdiff_t count);
 
     float* data() const { return memory_.get(); }
 
 private:
-    static constexpr std::align_val_t kAlignment{64};
-    struct Free {
-        void operator()(float* p) const { ::operator delete(p, kAlignment); }
+    struct Give {
+        std::size_t count;
+        void operator()(float* memory) const noexcept;
     };
-    std::unique_ptr<float, Free> memory_;
+    std::unique_ptr<float, Give> memory_{nullptr, Give{0}};
 };
 
 }  // namespace fuse

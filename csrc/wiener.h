@@ -21,11 +21,20 @@
 namespace fuse {
 
 struct Wiener {
-    const float *x, *spectrum;  // one picture; spectrum: (h, half), real or in complex pairs
+    const float *x, *spectrum;  // pictures; spectrum: (h, half), real or in complex pairs
     float *out, *blocks;
     std::ptrdiff_t h, w, half;
     bool complex_spectrum;
     const FftPlan *rows, *columns;
+
+    // The same for one picture of several, whose blocks are so many floats each.
+    Wiener picture(std::ptrdiff_t n, std::ptrdiff_t floats) const {
+        Wiener one = *this;
+        one.x += n * h * w;
+        one.out += n * h * w;
+        one.blocks += n * floats;
+        return one;
+    }
 };
 
 // What the passes do besides transforming. Rows come in units of two vectors: lane l is row l of
@@ -214,7 +223,10 @@ struct WienerLanes {
     }
 };
 
-// Memory besides the arguments: the half spectrum of one picture and, per thread, a few dozen rows
+// Pictures that go through a pass together: as many as give every thread as much to do.
+inline constexpr std::ptrdiff_t kWienerPictures = 2;
+
+// Memory besides the arguments: the half spectrum of two pictures and, per thread, a few dozen rows
 // or columns. out may be x itself.
 inline void wiener_filter(Wiener a, std::ptrdiff_t pictures) {
     const SimdLevel level = simd_level();
@@ -226,20 +238,30 @@ inline void wiener_filter(Wiener a, std::ptrdiff_t pictures) {
     dispatch<WienerLanes>(level, &lanes);
     const std::ptrdiff_t columns = (a.half + lanes - 1) / lanes;
     const std::ptrdiff_t rows = (a.h + 2 * lanes - 1) / (2 * lanes);
-    const Scratch blocks(columns * lanes * 2 * a.h);
+    const std::ptrdiff_t floats = columns * lanes * 2 * a.h;
+    const Scratch blocks(std::min(pictures, kWienerPictures) * floats);
     a.blocks = blocks.data();
-    for (std::ptrdiff_t n = 0; n < pictures; ++n) {
-        parallel_for(rows, 1, [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
-            dispatch<WienerRows<false>>(level, &a, begin, end);
+    for (std::ptrdiff_t n = 0; n < pictures; n += kWienerPictures) {
+        const std::ptrdiff_t count = std::min(pictures - n, kWienerPictures);
+        const auto pass = [&](std::ptrdiff_t units, const auto& body) {
+            parallel_for(count * units, 1, [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
+                for_each_plane(begin, end, units, [&](auto picture, auto first, auto some) {
+                    const Wiener one = a.picture(picture, floats);
+                    body(&one, first, first + some);
+                });
+            });
+        };
+        pass(rows, [&](const Wiener* one, std::ptrdiff_t begin, std::ptrdiff_t end) {
+            dispatch<WienerRows<false>>(level, one, begin, end);
         });
-        parallel_for(columns, 1, [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
-            dispatch<WienerColumns>(level, &a, begin, end);
+        pass(columns, [&](const Wiener* one, std::ptrdiff_t begin, std::ptrdiff_t end) {
+            dispatch<WienerColumns>(level, one, begin, end);
         });
-        parallel_for(rows, 1, [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
-            dispatch<WienerRows<true>>(level, &a, begin, end);
+        pass(rows, [&](const Wiener* one, std::ptrdiff_t begin, std::ptrdiff_t end) {
+            dispatch<WienerRows<true>>(level, one, begin, end);
         });
-        a.x += a.h * a.w;
-        a.out += a.h * a.w;
+        a.x += count * a.h * a.w;
+        a.out += count * a.h * a.w;
     }
 }
 

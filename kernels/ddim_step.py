@@ -36,6 +36,8 @@ def ddim_sigma(
     eta: float,
 ) -> float | Tensor:
     """Sigma of a step: eta 0 is deterministic (DDIM), eta 1 is DDPM's ancestral sampling."""
+    if not isinstance(sqrt_one_minus_abar, Tensor) and sqrt_one_minus_abar == 0.0:
+        return 0.0  # x_t is clean: there is no noise to draw anew
     rest = 1.0 - (sqrt_abar / sqrt_abar_prev) ** 2
     # Equal or ascending abar (a step that goes nowhere) has no noise to add.
     rest = rest.clamp_min(0.0) if isinstance(rest, Tensor) else max(rest, 0.0)

@@ -109,6 +109,26 @@ class TestInterleave:
         assert min(spent[0], spent[2]) >= 0.05
         assert max(spent[1], spent[3]) < 0.05
 
+    def test_quick_contenders_settle_after_the_pause(self):
+        log = []
+
+        def slow():
+            log.append("slow")
+            time.sleep(0.02)
+
+        quick = lambda: log.append("quick")  # noqa: E731
+        wait = lambda: log.append("wait")  # noqa: E731
+        out = interleave(
+            {"slow": slow, "quick": quick},
+            rounds=1,
+            warmup=1,
+            synchronize=wait,
+            settle_s=0.01,
+        )
+        assert log[:9] == ["wait", "slow", "wait", "wait", "quick", "wait", "wait", "slow", "wait"]
+        assert log[9] == log[-1] == "wait" and set(log[10:-1]) == {"quick"} and len(log) > 13
+        assert [s.n for s in out.values()] == [1, 1]
+
     def test_budget_ends_after_a_whole_round(self):
         out = interleave(
             {"a": lambda: time.sleep(0.01), "b": lambda: None},

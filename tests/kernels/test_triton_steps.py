@@ -103,6 +103,7 @@ class TestNoise:
         a, b, c, d = SCALES
         expected = 0.5 * (d**2 / b**2 * (1 - a**2 / c**2)) ** 0.5
         assert ddim_sigma(*SCALES, 0.5) == pytest.approx(expected)
+        assert ddim_sigma(1.0, 0.0, 0.9, 0.43, 1.0) == 0.0
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
     @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
