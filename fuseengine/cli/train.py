@@ -22,9 +22,9 @@ holds a checkpoint already, the run goes on from it.
 
 Some systems are trained in stages, each in its own folder inside the output
 folder, where the next one finds its weights:
-  dmfuse   diffusion (pictures of any kind), then fusion
-  dmnet    reconstruction, then fusion
-  drmf     restoration, then fusion
+  dmfuse        diffusion (pictures of any kind), then fusion
+  dmnet         reconstruction, then fusion
+  drmf          restoration, then fusion
 drfusion and mask-difuser (pictures of any kind, best in colour) have one."""
 
 _EPILOG = """\

@@ -157,6 +157,8 @@ class DMFuse(FusionModel):
         dropout: dropout in the residual blocks, training only.
         head_width: channels of the fusion head per modality.
         patch: space-to-depth factor of the U-Net and the head (1 in the official network).
+        residual: whether the head gives a correction of the sources' mean; officially it gives the
+            fused picture.
 
     Raises:
         SettingError: a setting outside what is allowed.
@@ -179,6 +181,7 @@ class DMFuse(FusionModel):
         dropout: float = 0.2,
         head_width: int = 32,
         patch: int = 1,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         if update not in ("code", "paper"):
@@ -188,6 +191,7 @@ class DMFuse(FusionModel):
         if head_width < 2:
             raise SettingError(f"head_width={head_width}; expected a number >= 2")
         self.times, self.update, self.seed = tuple(times), update, seed
+        self.residual = residual
         self.table = cosine_schedule(_TIMESTEPS)
         unet = UNet(
             3,
@@ -256,7 +260,10 @@ class DMFuse(FusionModel):
         return crop_like(self.fuse(first, second, noise), a).clamp(0.0, 1.0)
 
     def fuse(self, a: Tensor, b: Tensor, noise: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The fused picture in (-1, 1) for pictures whose sides are multiples of ``multiple``."""
+        """The fused picture for pictures whose sides are multiples of ``multiple``.
+
+        In (-1, 1), or with ``residual`` less than 1 from the sources' mean.
+        """
         draws = Draws(self.noise_names(), noise, self.seed)
         encoded_a, encoded_b = (
             [self.encoders[i](f) for i, f in zip(self.encoder_of, features, strict=True)]
@@ -266,7 +273,8 @@ class DMFuse(FusionModel):
         f = joined[-1]
         for level in reversed(joined[:-1]):
             f = self.decoder(f, level)
-        return self.output(f)
+        made = self.output(f)
+        return made + (a + b) * 0.5 if self.residual else made
 
     def features(self, picture: Tensor, source: str, draws: Draws) -> list[Tensor]:
         """F^k: decoder features of all noise levels side by side, per resolution, fine to coarse.

@@ -28,7 +28,9 @@ which is followed where the paper is silent. Read so, because no source says it:
 No output of the official network is public, so nothing here is checked against it.
 
 ``mask-difuser-s`` is this project's: narrower, on 2x2 blocks of pixels as channels, attention at
-1/16 resolution, predicting x_0 instead of the noise, and scaled by clamping.
+1/16 resolution, and scaled by clamping. It predicts x_0 as a correction of the sources' mean
+(``predict="correction"``): a few channels cannot carry the noise, or even both pictures, of every
+pixel through a network.
 """
 
 from __future__ import annotations
@@ -218,7 +220,8 @@ class MaskDiFuser(FusionModel):
     Args:
         steps: sampling steps, evaluated at ``range(0, 1000, 1000 // steps)``.
         eta: 1 is stochastic (official), 0 deterministic.
-        predict: what the U-Net's result means, "noise" or "clean" (x_0).
+        predict: what the U-Net's result means, "noise" (official), "clean" (x_0) or "correction"
+            (x_0 less the sources' mean).
         scaling: "min-max" (official, per picture) or "clamp".
         semantic: "budget" or "lean"; see the module's docstring.
         seed: of the starting noise and the steps'.
@@ -265,7 +268,7 @@ class MaskDiFuser(FusionModel):
     ) -> None:
         super().__init__()
         for name, given, known in (
-            ("predict", predict, ("noise", "clean")),
+            ("predict", predict, ("noise", "clean", "correction")),
             ("scaling", scaling, ("min-max", "clamp")),
             ("semantic", semantic, tuple(_SEMANTIC)),
         ):
@@ -348,9 +351,9 @@ class MaskDiFuser(FusionModel):
         schedule = self.schedule()
         names = ["x_T", *(f"z_t{step.t}" for step in schedule[:-1])]
         draws = Draws(names, noise, self.seed)
-        sources = self.sources(a, b)
+        sources, base = self.sources(a, b), self.base(a, b)
         return sample_ddim(
-            lambda x, step: self.noise(x, step, *sources),
+            lambda x, step: self.noise(x, step, *sources, base=base),
             draws.normal("x_T", a),
             schedule,
             eta=self.eta,
@@ -362,10 +365,16 @@ class MaskDiFuser(FusionModel):
         a, b = a * 2.0 - 1.0, b * 2.0 - 1.0
         return self.content(a, b), self.keys(self.semantic(a)), self.keys(self.semantic(b))
 
-    def noise(self, x: Tensor, step: Step, *sources: Tensor) -> Tensor:
+    def base(self, a: Tensor, b: Tensor) -> Tensor | None:
+        """What the U-Net corrects: the sources' mean on [-1, 1]; None for another ``predict``."""
+        return (a + b) - 1.0 if self.predict == "correction" else None
+
+    def noise(self, x: Tensor, step: Step, *sources: Tensor, base: Tensor | None = None) -> Tensor:
         """The noise in x_t, (N, 3, H, W)."""
         found = self.unet(x, self.time(step.t), *sources)
-        return found if self.predict == "noise" else predict_noise(x, found, step)
+        if self.predict == "noise":
+            return found
+        return predict_noise(x, found if base is None else found + base, step)
 
 
 _SEMANTIC: dict[str, tuple[tuple[int, ...], int, tuple[int, int] | None]] = {

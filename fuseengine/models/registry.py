@@ -51,6 +51,7 @@ _BUILDERS: dict[str, tuple[Callable[..., FusionModel], dict[str, Any]]] = {
             "dropout": 0.0,
             "head_width": 16,
             "patch": 2,
+            "residual": True,
         },
     ),
     "drmf": (DRMF, {}),
@@ -90,7 +91,7 @@ _BUILDERS: dict[str, tuple[Callable[..., FusionModel], dict[str, Any]]] = {
     "mask-difuser-s": (
         MaskDiFuser,
         {
-            "predict": "clean",
+            "predict": "correction",
             "scaling": "clamp",
             "width": 16,
             "content_width": 16,

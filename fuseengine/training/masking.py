@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuseengine.errors import TrainingError
+from fuseengine.training.degradations import gaussian_blur
 
 GRID = 8
 """Cells along each side."""
@@ -81,3 +82,40 @@ def dual_mask(
             shows = F.interpolate(cells[None, None].float(), size, mode="nearest")[0].to(x.device)
             view.append(torch.where(shows == CLEAN, x, torch.where(shows == HIDDEN, grey, damaged)))
     return torch.stack(views[0]), torch.stack(views[1])
+
+
+def exposure_pair(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """An under- and an overexposed version of pictures, each in 8 bits: ``clip(gain x^gamma)``.
+
+    Args:
+        x: (N, C, H, W) in [0, 1].
+        generator: source of every draw: gains 0.25 to 0.6 and 1.6 to 3, gammas 0.8 to 1.2.
+
+    Returns:
+        Two of x's shape. What one has clipped, or lost to its 255 levels, the other one shows.
+    """
+    drawn = torch.rand((4, len(x), 1, 1, 1), generator=generator).to(x)
+    under = (0.25 + 0.35 * drawn[0]) * x.pow(0.8 + 0.4 * drawn[1])
+    over = ((1.6 + 1.4 * drawn[2]) * x.pow(0.8 + 0.4 * drawn[3])).clamp(max=1.0)
+    return (under * 255).round() / 255, (over * 255).round() / 255
+
+
+def focus_pair(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two focal planes: smooth random regions sharp in one picture and blurred in the other.
+
+    Args:
+        x: (N, C, H, W) in [0, 1].
+        generator: source of every draw: regions some 16 pixels across and more, blur of sigma 1 to
+            3 pixels.
+
+    Returns:
+        Two of x's shape.
+    """
+    n, _, height, width = x.shape
+    if n == 0:
+        return x, x
+    coarse = torch.randn((n, 1, max(height // 32, 2), max(width // 32, 2)), generator=generator)
+    field = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False).to(x)
+    near = torch.sigmoid(20.0 * field)  # the border between the planes is a few pixels wide
+    blurred = gaussian_blur(x, 1.0 + 2.0 * float(torch.rand((), generator=generator)))
+    return torch.lerp(blurred, x, near), torch.lerp(x, blurred, near)

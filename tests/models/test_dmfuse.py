@@ -274,7 +274,7 @@ def test_the_forward_can_be_traced():
         "output": 1,
     }
     ops = {"criss_cross_attention", "ddim_step", "standard_normal"}
-    assert names == {"sub", "mul", "cat", "clamp", "getitem", *ops}
+    assert names == {"add", "sub", "mul", "cat", "clamp", "getitem", *ops}
     pair = picture_pair((32, 64))
     with torch.no_grad():
         assert torch.equal(graph(*pair), model(*pair))

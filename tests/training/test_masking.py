@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from fuseengine.errors import TrainingError
-from fuseengine.training.masking import CELLS, CLEAN, DEGRADED, HIDDEN, draw_cells, dual_mask
+from fuseengine.training.masking import (
+    CELLS,
+    CLEAN,
+    DEGRADED,
+    HIDDEN,
+    draw_cells,
+    dual_mask,
+    exposure_pair,
+    focus_pair,
+)
 
 
 def generator(seed=0):
@@ -72,3 +81,24 @@ class TestViews:
         x = torch.zeros(1, 3, 16, 20)
         with pytest.raises(TrainingError, match="16 x 20; expected multiples of 8"):
             dual_mask(x, x, generator())
+
+
+class TestPairsOfOnePicture:
+    def test_exposures(self):
+        """Dark and bright in 8-bit steps; what the bright one clips the dark one still orders."""
+        x = torch.linspace(0, 1, 64).expand(3, 3, 16, 64).contiguous()
+        under, over = exposure_pair(x, generator())
+        for made in (under, over):
+            assert made.shape == x.shape and 0 <= made.min() and made.max() <= 1
+            torch.testing.assert_close(made * 255, (made * 255).round())
+        assert (under <= x * 0.75 + 1 / 255).all() and (over >= x - 1e-6).all()
+        assert (over == 1).any() and (under.diff(dim=3) >= 0).all() and under.max() < 0.62
+
+    def test_focal_planes(self):
+        """Everywhere one of the two is nearly the picture, and neither is so everywhere."""
+        x = torch.rand((4, 3, 64, 96), generator=generator(1))
+        near, far = focus_pair(x, generator())
+        errors = torch.stack([(near - x).abs(), (far - x).abs()]).mean(dim=2)
+        assert errors.amin(dim=0).mean() < 0.15 * errors.amax(dim=0).mean()
+        assert ((errors > 0.05).float().mean(dim=(1, 2, 3)) > 0.2).all()
+        assert focus_pair(x[:0], generator())[0].shape == (0, 3, 64, 96)

@@ -37,8 +37,10 @@ SMALL = {
 NOISE = {"predict": "noise"}
 CASES = [
     ("drfusion-s", "fusion", {}),
-    ("mask-difuser-s", "fusion", {}),
-    ("mask-difuser-s", "fusion", NOISE),
+    ("mask-difuser-s", "masking", {}),
+    ("mask-difuser-s", "masking", NOISE),
+    ("mask-difuser-s", "masking", {"predict": "clean"}),
+    ("mask-difuser-s", "pairs", {}),
     ("dmfuse-s", "diffusion", {}),
     ("dmfuse-s", "fusion", {}),
     ("dmnet-s", "reconstruction", {}),
@@ -145,7 +147,7 @@ class TestStages:
     def test_names(self):
         expected = {
             "drfusion-s": ["fusion"],
-            "mask-difuser-s": ["fusion"],
+            "mask-difuser-s": ["masking", "pairs"],
             "dmfuse-s": ["diffusion", "fusion"],
             "dmnet-s": ["reconstruction", "fusion"],
             "drmf-s": ["restoration", "fusion"],
@@ -221,7 +223,7 @@ class TestStages:
 class TestMaskDiFuser:
     def test_terms(self, monkeypatch):
         """A network that answers 0 (mid grey) has losses that can be computed by hand."""
-        model = small("mask-difuser-s")
+        model = small("mask-difuser-s", predict="clean")
         for p in model.unet.head.parameters():
             torch.nn.init.zeros_(p)
         recipe = MaskDiFuserRecipe()
@@ -242,6 +244,36 @@ class TestMaskDiFuser:
         with torch.no_grad():
             parts = recipe(model, (x,), generator())
         assert parts["diffusion"] == pytest.approx(1, abs=0.1)  # the noise's power
+
+    def test_a_correction_starts_at_the_mean(self):
+        """Two equal views are then their own answer."""
+        model = small("mask-difuser-s")
+        recipe = MaskDiFuserRecipe({"perceptual": 0.0})
+        recipe.initialise(model)
+        recipe.views = lambda x, generator: (x, x)
+        with torch.no_grad():
+            parts = recipe(model, patches(model, recipe), generator())
+        assert float(total(parts)) < 1e-5
+
+    def test_pairs(self):
+        """By hand for a model that gives the mean: grey with a coloured visible picture."""
+        model = small("mask-difuser-s")
+        recipe = recipe_for(model, "pairs")
+        recipe_for(model, "masking").initialise(model)
+        a, b = patches(model, recipe)
+        a = a[:, :1].expand_as(a)
+        with torch.no_grad():
+            parts = recipe(model, (a, b), generator())
+            made_a, made_b = recipe.known_pair(b, generator())
+        mean = losses.to_ycbcr((a + b) / 2)
+        y_a, y_b = losses.to_ycbcr(a)[0], losses.to_ycbcr(b)[0]
+        expected = 0.3 * losses.brightest(mean[0], y_a, y_b)
+        assert parts["brightest"] == pytest.approx(float(expected), rel=1e-4)
+        lost = (mean[1] - losses.to_ycbcr(b)[1]).abs().sum(1).mean()
+        assert parts["chroma"] == pytest.approx(2 * float(lost), rel=1e-3)
+        known = ((made_a + made_b) / 2 - b).abs().mean()
+        assert parts["known"] == pytest.approx(2 * float(known), rel=1e-4)
+        assert float(parts["range"]) < 1e-6
 
     def test_perceptual_term(self, monkeypatch):
         import fuseengine.training.recipes.mask_difuser as module

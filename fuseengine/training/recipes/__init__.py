@@ -16,11 +16,11 @@ from fuseengine.training.recipes.dmfuse import DMFuseDiffusion, DMFuseFusion
 from fuseengine.training.recipes.dmnet import DMNetFusion, DMNetReconstruction
 from fuseengine.training.recipes.drfusion import DRFusionRecipe
 from fuseengine.training.recipes.drmf import DRMFFusion, DRMFRestoration
-from fuseengine.training.recipes.mask_difuser import MaskDiFuserRecipe
+from fuseengine.training.recipes.mask_difuser import MaskDiFuserPairs, MaskDiFuserRecipe
 
 _STAGES: dict[type[FusionModel], tuple[type[Recipe], ...]] = {
     DRFusion: (DRFusionRecipe,),
-    MaskDiFuser: (MaskDiFuserRecipe,),
+    MaskDiFuser: (MaskDiFuserRecipe, MaskDiFuserPairs),
     DMFuse: (DMFuseDiffusion, DMFuseFusion),
     DMNet: (DMNetReconstruction, DMNetFusion),
     DRMF: (DRMFRestoration, DRMFFusion),

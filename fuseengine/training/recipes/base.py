@@ -23,10 +23,12 @@ class ExtraWeights:
     Attributes:
         selection: :func:`losses.gradient_selection`.
         correlation: :func:`losses.difference_correlation`.
+        range: :func:`losses.out_of_range`; for heads that are not bounded by themselves.
     """
 
     selection: float = 0.0
     correlation: float = 0.0
+    range: float = 0.0
 
     def terms(self, fused: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
         """The terms that have a weight, for luma pictures."""
@@ -35,6 +37,8 @@ class ExtraWeights:
             made["selection"] = self.selection * losses.gradient_selection(fused, a, b)
         if self.correlation:
             made["correlation"] = self.correlation * losses.difference_correlation(fused, a, b)
+        if self.range:
+            made["range"] = self.range * losses.out_of_range(fused)
         return made
 
 

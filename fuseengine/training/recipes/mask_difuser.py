@@ -1,4 +1,8 @@
-"""Mask-DiFuser: pictures put together again from two complementary, partly degraded views."""
+"""Mask-DiFuser: pictures put together again from two complementary, partly degraded views.
+
+The paper's training ends there. A small model then still averages where both views are clean, which
+two real sources always are; ``mask-difuser-s`` therefore goes on to registered pairs.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ from fuseengine.models.sampling import diffuse
 from fuseengine.training import losses
 from fuseengine.training.degradations import MASKED, degrade_one_of
 from fuseengine.training.diffusion import antithetic_timesteps, normal, sqrt_abar
-from fuseengine.training.masking import dual_mask
+from fuseengine.training.masking import dual_mask, exposure_pair, focus_pair
 from fuseengine.training.perceptual import perceptual_loss
-from fuseengine.training.recipes.base import Recipe
+from fuseengine.training.recipes.base import Recipe, zero_head
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class MaskDiFuserRecipe(Recipe):
     to find the picture from both. The terms on pictures are those of x_0 (equation 13) in [0, 1];
     a model that predicts the noise has its estimate clamped there, because at large t an error of
     the noise is one 26 times as large of the picture. A model that predicts x_0 itself
-    (``predict="clean"``) has L_diff as the mean square of that: the noise's divided by the
-    signal-to-noise ratio abar / (1 - abar), so that no timestep is forgotten.
+    (``predict="clean"`` or ``"correction"``) has L_diff as the mean square of that: the noise's
+    divided by the signal-to-noise ratio abar / (1 - abar), so that no timestep is forgotten.
 
     The perceptual term needs torchvision's VGG16; without it the term is left out, with a warning.
 
@@ -55,10 +59,15 @@ class MaskDiFuserRecipe(Recipe):
         form: number of cells: "paper" (4:1:4:1) or "code" (30:2:28:4).
     """
 
-    stage = "fusion"
+    stage = "masking"
     layout = "pictures"
     smallest_patch = 16
     default = MaskDiFuserWeights()
+
+    def initialise(self, model: MaskDiFuser) -> None:
+        """A correction of the sources' mean starts at 0."""
+        if model.predict == "correction":
+            zero_head(model.unet.head)
 
     def __init__(
         self,
@@ -75,13 +84,15 @@ class MaskDiFuserRecipe(Recipe):
     ) -> dict[str, Tensor]:
         """The loss's terms for clean patches x."""
         (x,) = pictures
-        sources = model.sources(*self.views(x, generator))
+        views = self.views(x, generator)
+        sources, base = model.sources(*views), model.base(*views)
         target = x * 2.0 - 1.0
         timesteps = antithetic_timesteps(len(x), len(model.table) - 1, generator)
         level, noise = sqrt_abar(model.table, timesteps, x), normal(x, generator)
         noisy = diffuse(target, noise, level)
         found = model.unet(noisy, model.time(timesteps.to(x)), *sources)
-        if model.predict == "clean":
+        if model.predict != "noise":
+            found = found if base is None else found + base
             diffusion, clean = (found - target).square().mean(), found * 0.5 + 0.5
         else:
             diffusion, scale = (found - noise).square().mean(), level.reshape(-1, 1, 1, 1)
@@ -108,3 +119,93 @@ class MaskDiFuserRecipe(Recipe):
         """View A, view B, what the model makes of them, the picture."""
         views = self.views(pictures[0], generator)
         return [*views, model(*views), pictures[0]]
+
+
+@dataclass(frozen=True)
+class MaskDiFuserPairWeights:
+    """Weights of the terms on registered pairs; Y is luma, C chroma.
+
+    Attributes:
+        gradient: :func:`losses.gradient_selection` of Y.
+        correlation: :func:`losses.difference_correlation` of Y.
+        brightest: :func:`losses.brightest` of Y.
+        chroma: |C - the C of the source that has more of it|, summed over both.
+        range: :func:`losses.out_of_range`.
+        known: |x_0 - x| where the answer is known: pairs made from one picture.
+    """
+
+    gradient: float = 0.4
+    correlation: float = 0.2
+    brightest: float = 0.3
+    chroma: float = 2.0
+    range: float = 5.0
+    known: float = 2.0
+
+
+class MaskDiFuserPairs(Recipe):
+    """Registered pairs without an answer, and as many pairs made from one picture, which have one.
+
+    Not in the paper. Real pairs have the terms that DRFusion's recipe has. Half of the others are
+    two exposures, half two focal planes of the visible pictures: what is to be fused there is what
+    is well exposed or in focus, not what is brightest. x_t is made of what the model itself finds
+    in pure noise, as in sampling, without a gradient.
+    """
+
+    stage = "pairs"
+    augment = True
+    smallest_patch = 16
+    default = MaskDiFuserPairWeights()
+
+    @classmethod
+    def suits(cls, model: MaskDiFuser) -> bool:
+        """A model that predicts the noise has no estimate of x_0 to speak of at large t."""
+        return model.predict != "noise"
+
+    def __call__(
+        self, model: MaskDiFuser, pictures: Sequence[Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The loss's terms for patches a and b."""
+        a, b = pictures
+        made_a, made_b = self.known_pair(b, generator)
+        fused = self.estimate(model, torch.cat([a, made_a]), torch.cat([b, made_b]), generator)
+        pair, known = fused.chunk(2)
+        (y, chroma), (y_a, chroma_a), (y_b, chroma_b) = map(losses.to_ycbcr, (pair, a, b))
+        stronger = chroma_a.abs().sum(1, keepdim=True) > chroma_b.abs().sum(1, keepdim=True)
+        wanted = torch.where(stronger, chroma_a, chroma_b)
+        w = self.weights
+        return {
+            "gradient": w.gradient * losses.gradient_selection(y, y_a, y_b),
+            "correlation": w.correlation * losses.difference_correlation(y, y_a, y_b),
+            "brightest": w.brightest * losses.brightest(y, y_a, y_b),
+            "chroma": w.chroma * (chroma - wanted).abs().sum(1).mean(),
+            "range": w.range * losses.out_of_range(fused),
+            "known": w.known * (known - b).abs().mean(),
+        }
+
+    @staticmethod
+    def known_pair(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Two exposures of half of the pictures, two focal planes of the others; any order."""
+        half = (len(x) + 1) // 2
+        pairs = exposure_pair(x[:half], generator), focus_pair(x[half:], generator)
+        a, b = (torch.cat(sides) for sides in zip(*pairs, strict=True))
+        swap = torch.rand(len(x), generator=generator).to(x).reshape(-1, 1, 1, 1) < 0.5
+        return torch.where(swap, b, a), torch.where(swap, a, b)
+
+    @staticmethod
+    def estimate(model: MaskDiFuser, a: Tensor, b: Tensor, generator: torch.Generator) -> Tensor:
+        """x_0 in [0, 1] as the model finds it at a random timestep, (N, 3, H, W)."""
+        sources, base = model.sources(a, b), model.base(a, b)
+        zero = torch.zeros_like(a) if base is None else base
+        with torch.no_grad():
+            first = model.schedule()[0]
+            found = zero + model.unet(normal(a, generator), model.time(first.t), *sources)
+        timesteps = antithetic_timesteps(len(a), len(model.table) - 1, generator)
+        noisy = diffuse(found, normal(a, generator), sqrt_abar(model.table, timesteps, a))
+        return (zero + model.unet(noisy, model.time(timesteps.to(a)), *sources)) * 0.5 + 0.5
+
+    def show(
+        self, model: MaskDiFuser, pictures: Sequence[Tensor], generator: torch.Generator
+    ) -> list[Tensor]:
+        """A, B, fused; then a pair made from B, fused."""
+        made = self.known_pair(pictures[1], generator)
+        return [*pictures, model(*pictures), *made, model(*made)]
