@@ -1,4 +1,10 @@
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <optional>
+
 #include "checks.h"
+#include "frame_warp.h"
 #include "frames.h"
 
 namespace fuse {
@@ -65,6 +71,70 @@ bool bind_frame_in(const py::array& src, py::array out, double low, double scale
         const float l = static_cast<float>(low), s = static_cast<float>(scale);
         py::gil_scoped_release release;
         return frame_in<T>(image, planes, colour, l, s);
+    });
+}
+
+bool bind_frame_warp(const py::array& src, const py::array& coordinates, py::array out,
+                     std::pair<std::ptrdiff_t, std::ptrdiff_t> size, double low, double scale,
+                     const std::optional<py::array>& table, std::optional<py::array> kept,
+                     bool clamp) {
+    require_image("src", src);
+    require_contiguous("src", src);
+    if (src.shape(0) > std::numeric_limits<std::int32_t>::max() / src.shape(1)) {
+        refuse("src", src, "fewer than 2^31 pixels");
+    }
+    require_planes("out", out);
+    require_writeable("out", out);
+    require_apart("out", out, "src", src, false);
+    require<float>("coordinates", coordinates, "float32");
+    require_contiguous("coordinates", coordinates);
+    require_apart("out", out, "coordinates", coordinates, false);
+    const auto [height, width] = size;
+    if (height < 1 || width < 1 || out.shape(1) < height || out.shape(2) < width) {
+        refuse("out", out, "at least the result's height and width, which are at least 1");
+    }
+    FrameWarp how{};
+    how.coordinates = static_cast<const float*>(coordinates.data());
+    const auto is = [&](py::ssize_t d, py::ssize_t n) { return coordinates.shape(d) == n; };
+    how.is_map = coordinates.ndim() == 3 && is(0, height) && is(1, width) && is(2, 2);
+    if (!how.is_map && !(coordinates.ndim() == 2 && is(0, 3) && is(1, 3))) {
+        refuse("coordinates", coordinates, "(3, 3), or (H, W, 2) for the result's H and W");
+    }
+    how.low = static_cast<float>(low);
+    how.scale = static_cast<float>(scale);
+    how.clamp = clamp;
+    how.height = height;
+    how.width = width;
+    if (table) {
+        require<float>("table", *table, "float32");
+        require_contiguous("table", *table);
+        const bool fits = (holds<std::uint8_t>(src) && table->size() == 256) ||
+                          (holds<std::uint16_t>(src) && table->size() == 65536);
+        if (!fits || src.ndim() != 2 || kept) {
+            refuse("table", *table, "256 or 65536 numbers for a grey uint8 or uint16 frame, and "
+                                    "nothing kept");
+        }
+        how.table = static_cast<const float*>(table->data());
+    }
+    if (kept) {
+        require_image("kept", *kept);
+        require_writeable("kept", *kept);
+        require_apart("kept", *kept, "src", src, false);
+        require_apart("kept", *kept, "out", out, false);
+        if (kept->ndim() != src.ndim() || kept->shape(0) != height || kept->shape(1) != width ||
+            !kept->dtype().equal(src.dtype())) {
+            refuse("kept", *kept, "the result's height and width, channels and type of src, " +
+                                      describe(src));
+        }
+    }
+    const auto planes = planes_of(static_cast<float*>(out.mutable_data()), out);
+    return by_type("src", src, [&](auto zero) {
+        using T = decltype(zero);
+        const auto image = image_of(static_cast<const T*>(src.data()), src);
+        const Image<T> keep =
+            kept ? image_of(static_cast<T*>(kept->mutable_data()), *kept) : Image<T>{};
+        py::gil_scoped_release release;
+        return frame_warp<T>(image, planes, keep, how);
     });
 }
 
@@ -178,6 +248,13 @@ void register_frames(py::module_& m) {
           arg("scale"), arg("ycbcr") = false,
           "out[c] = clip((src - low) * scale, 0, 1), reflected to out's size; ycbcr: three planes "
           "hold Y, Cb, Cr, not R, G, B. False if a value of src is not finite.");
+    m.def("frame_warp", &bind_frame_warp, arg("src"), arg("coordinates"), arg("out"), py::kw_only(),
+          arg("size"), arg("low") = 0.0, arg("scale"), arg("table") = py::none(),
+          arg("kept") = py::none(), arg("clamp") = false,
+          "frame_in of src sampled bilinearly: a homography (3, 3) from the result's pixels to "
+          "src's, or (size, 2) with the column and row of src. table (256,) or (65536,) float32: "
+          "what a count means; kept: the sampled frame in src's type. Outside src is 0, or with "
+          "clamp the nearest place inside.");
     m.def("frame_out", &bind_frame_out, arg("fused"), arg("visible"), arg("out"),
           "Crop planar float32 to out's size, restore visible's chroma, convert to out's dtype.");
     m.def("frame_range", &bind_frame_range, arg("src"),

@@ -8,8 +8,10 @@ void register_norm(pybind11::module_& m);
 void register_parallel(pybind11::module_& m);
 void register_random(pybind11::module_& m);
 void register_sampler(pybind11::module_& m);
+void register_shm(pybind11::module_& m);
 void register_simd(pybind11::module_& m);
 void register_spectral(pybind11::module_& m);
+void register_thermal(pybind11::module_& m);
 void register_warp(pybind11::module_& m);
 }  // namespace fuse
 
@@ -22,7 +24,9 @@ PYBIND11_MODULE(_native, m) {
     fuse::register_parallel(m);
     fuse::register_random(m);
     fuse::register_sampler(m);
+    fuse::register_shm(m);
     fuse::register_simd(m);
     fuse::register_spectral(m);
+    fuse::register_thermal(m);
     fuse::register_warp(m);
 }

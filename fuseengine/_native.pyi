@@ -12,6 +12,12 @@ Float32: TypeAlias = NDArray[np.float32]
 # all arrays of a call. Arithmetic is float32's, rounded once.
 Stored: TypeAlias = NDArray[Any]
 
+# uint8 or uint16 counts, (H, W): pixels adjacent, rows ascending.
+Counts: TypeAlias = NDArray[np.uint8] | NDArray[np.uint16]
+
+def column_offsets(
+    x: Counts, offsets: NDArray[np.float64], *, radius: int, most: float
+) -> None: ...
 def compose_priors(
     x: Stored,
     eps_a: Stored,
@@ -38,10 +44,31 @@ def ddim_step(
     direction: float,
     sigma: float = 0.0,
 ) -> None: ...
+def equalise_locally(
+    x: Counts,
+    bins: NDArray[np.uint16],
+    out: Float32,
+    *,
+    tiles: tuple[int, int],
+    count: int,
+    limit: float,
+) -> None: ...
 def frame_in(
     src: Frame, out: Float32, *, low: float = 0.0, scale: float, ycbcr: bool = False
 ) -> bool: ...
 def frame_out(fused: Float32, visible: Frame | None, out: Frame) -> None: ...
+def frame_warp(
+    src: Frame,
+    coordinates: Float32,
+    out: Float32,
+    *,
+    size: tuple[int, int],
+    low: float = 0.0,
+    scale: float,
+    table: Float32 | None = None,
+    kept: Frame | None = None,
+    clamp: bool = False,
+) -> bool: ...
 def frame_range(src: Frame) -> tuple[float, float, bool]: ...
 def group_norm_silu(
     x: Stored,
@@ -54,6 +81,7 @@ def group_norm_silu(
     eps: float,
     silu: bool = True,
 ) -> None: ...
+def histogram(x: Counts, counts: NDArray[np.uint32]) -> None: ...
 def joint_ddim_step(
     x: Stored,
     eps: Stored,
@@ -69,6 +97,7 @@ def joint_ddim_step(
     lam: float,
     form: int,
 ) -> None: ...
+def look_up(x: Counts, table: NDArray[Any], out: NDArray[Any]) -> None: ...
 def num_threads() -> int: ...
 def pad_reflect(x: Float32, out: Float32) -> None: ...
 def phase_energy(
@@ -83,6 +112,7 @@ def phase_energy(
 ) -> None: ...
 def rgb_to_ycbcr(x: Float32, out: Float32) -> None: ...
 def set_num_threads(count: int) -> None: ...
+def subtract_columns(x: Counts, offsets: Float32, out: Counts) -> None: ...
 def warp(x: Float32, coordinates: Float32, out: Float32, *, clamp: bool = False) -> None: ...
 def ycbcr_to_rgb(x: Float32, out: Float32) -> None: ...
 def window_information(
