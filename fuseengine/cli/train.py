@@ -24,7 +24,7 @@ Some systems are trained in stages, each in its own folder inside the output
 folder, where the next one finds its weights:
   dmfuse        diffusion (pictures of any kind), then fusion
   dmnet         reconstruction, then fusion
-  drmf          restoration, then fusion
+  drmf          restoration, then fusion (drmf-s: then refinement)
 drfusion and mask-difuser (pictures of any kind, best in colour) have one."""
 
 _EPILOG = """\

@@ -29,7 +29,7 @@ class FusionModel(nn.Module):
     multiple: int = 1
     """Height and width that the networks take are multiples of this; others are padded."""
 
-    padding: ClassVar[Padding] = "reflect"
+    padding: Padding = "reflect"
     """What stands right of and below a picture that is padded."""
 
     steps: int = 1

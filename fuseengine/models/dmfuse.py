@@ -25,12 +25,13 @@ because users' checkpoints were trained with it:
   can be handed in.
 
 The code pads with white to multiples of 32, which shows a little near the right and lower edge; so
-does this model.
+does this model (``padding="reflect"`` does not).
 
 Parameters: U-Net 24,473,315 and head 531,374 (the public head's file holds 119,632 more that never
 run), together 25,004,689; the paper counts 24.967 M. ``dmfuse-s`` is this project's: narrower, four
-levels, on 2x2 blocks of pixels as channels, attention in the U-Net's middle only; 760,761
-parameters, 68 GFLOP for a 640x480 pair, all six passes and the criss-cross attention included.
+levels, on 2x2 blocks of pixels as channels, attention in the U-Net's middle only, reflected at the
+border, and its head gives a correction of the sources' mean (``residual``); 760,761 parameters, 68
+GFLOP for a 640x480 pair, all six passes and the criss-cross attention included.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from fuseengine.kernels import criss_cross_attention
 from fuseengine.models.base import FusionModel
 from fuseengine.models.checkpoint import Official
 from fuseengine.models.layers import ChannelSpatialGate, ResidualBlock, SelfAttention, TimeShifts
-from fuseengine.models.pictures import crop_like
+from fuseengine.models.pictures import Padding, crop_like
 from fuseengine.models.sampling import Draws, cosine_schedule, diffuse
 from fuseengine.models.unet import Denoiser, UNet
 
@@ -157,6 +158,8 @@ class DMFuse(FusionModel):
         dropout: dropout in the residual blocks, training only.
         head_width: channels of the fusion head per modality.
         patch: space-to-depth factor of the U-Net and the head (1 in the official network).
+        padding: what stands right of and below a picture whose size is no multiple: "white"
+            (official) or "reflect".
         residual: whether the head gives a correction of the sources' mean; officially it gives the
             fused picture.
 
@@ -165,7 +168,6 @@ class DMFuse(FusionModel):
     """
 
     channels = "luma"
-    padding = "white"
 
     def __init__(
         self,
@@ -181,6 +183,7 @@ class DMFuse(FusionModel):
         dropout: float = 0.2,
         head_width: int = 32,
         patch: int = 1,
+        padding: Padding = "white",
         residual: bool = False,
     ) -> None:
         super().__init__()
@@ -188,10 +191,12 @@ class DMFuse(FusionModel):
             raise SettingError(f"update={update!r}; expected one of ('code', 'paper')")
         if not times or any(not 1 <= t <= _TIMESTEPS for t in times):
             raise SettingError(f"times={tuple(times)}; expected numbers from 1 to {_TIMESTEPS}")
+        if padding not in ("white", "reflect"):
+            raise SettingError(f"padding={padding!r}; expected one of ('white', 'reflect')")
         if head_width < 2:
             raise SettingError(f"head_width={head_width}; expected a number >= 2")
         self.times, self.update, self.seed = tuple(times), update, seed
-        self.residual = residual
+        self.padding, self.residual = padding, residual
         self.table = cosine_schedule(_TIMESTEPS)
         unet = UNet(
             3,

@@ -51,6 +51,7 @@ _BUILDERS: dict[str, tuple[Callable[..., FusionModel], dict[str, Any]]] = {
             "dropout": 0.0,
             "head_width": 16,
             "patch": 2,
+            "padding": "reflect",
             "residual": True,
         },
     ),
@@ -139,21 +140,25 @@ def build(name: str, **settings: Any) -> FusionModel:
     return model.eval()
 
 
-def load_model(name: str) -> FusionModel:
+def load_model(name: str, **settings: Any) -> FusionModel:
     """A model with its packaged, trained weights.
 
     Args:
         name: one of the names that ``fuseengine models`` marks as packaged.
+        **settings: of the model's class that change no weight's shape, such as ``steps`` or
+            ``seed``; the model's card says what fewer steps cost.
 
     Returns:
         The model on the CPU in float32, in evaluation mode.
 
     Raises:
         UnknownNameError: no such model, or no weights for it are packaged.
+        SettingError: a setting that the model does not have, or with a value it refuses.
+        CheckpointError: a setting with which the packaged weights do not fit.
     """
     packaged = packaged_models()
     if name not in packaged:
         raise UnknownNameError("packaged model", name, packaged, hint=unpackaged_hint(name))
-    model = build(name, **packaged[name].settings)
+    model = build(name, **{**packaged[name].settings, **settings})
     load_checkpoint(model, packaged[name].weights)
     return model

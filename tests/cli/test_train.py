@@ -74,7 +74,10 @@ def test_what_is_handed_on(data, tmp_path, capsys, monkeypatch):
         (["drfusion-s", "--data", "nowhere"], "no folder nowhere"),
         (["drfusion-s", "--device", "cpo"], "Did you mean 'cpu'?"),
         (["drfusion-s", "--patch", "37"], "expected a multiple of 4"),
-        (["drmf-s"], "expected one of restoration, fusion, in this order: give --stage NAME"),
+        (
+            ["drmf-s"],
+            "expected one of restoration, fusion, refinement, in this order: give --stage NAME",
+        ),
         (["drmf-s", "--stage", "restore"], "Did you mean 'restoration'?"),
         (["drmf-s", "--stage", "fusion"], "into the same folder, or give --init FILE"),
         (["drfusion-s", "--init", "nowhere.pt"], "nowhere.pt: no such file"),

@@ -50,6 +50,7 @@ CASES = [
     ("drmf-s", "restoration", {"task": "restore"}),
     ("drmf-s", "fusion", {}),
     ("drmf-s", "fusion", {"task": "medical"}),
+    ("drmf-s", "refinement", {}),
 ]
 STAGES = [(name, stage) for name, stage, settings in CASES if not settings]
 
@@ -150,16 +151,18 @@ class TestStages:
             "mask-difuser-s": ["masking", "pairs"],
             "dmfuse-s": ["diffusion", "fusion"],
             "dmnet-s": ["reconstruction", "fusion"],
-            "drmf-s": ["restoration", "fusion"],
+            "drmf-s": ["restoration", "fusion", "refinement"],
         }
         assert {name: stages_of(small(name)) for name in SMALL} == expected
         assert stages_of(small("drmf-s", task="restore")) == ["restoration"]
-        assert stages_of(small("drmf-s", steps=1)) == ["restoration"]
-        assert len(stages_of(small("drmf-s", steps=1, task="medical"))) == 2
+        assert stages_of(small("drmf-s", steps=1)) == ["restoration", "refinement"]
+        assert len(stages_of(small("drmf-s", steps=1, task="medical"))) == 3
 
     def test_which(self):
         model = small("drmf-s")
-        with pytest.raises(TrainingError, match="got none, expected one of restoration, fusion"):
+        with pytest.raises(
+            TrainingError, match="got none, expected one of restoration, fusion, refinement"
+        ):
             recipe_for(model)
         with pytest.raises(UnknownNameError, match="'fusio'; .* Did you mean 'fusion'"):
             recipe_for(model, "fusio")

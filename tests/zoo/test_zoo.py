@@ -15,8 +15,8 @@ from tests.helpers import BLOCK_TORCH, picture_pair, run_python
 NAMES = list(fe.packaged_models())
 
 
-def test_drfusion_s_is_packaged():
-    assert "drfusion-s" in NAMES
+def test_which_are_packaged():
+    assert {"drfusion-s", "dmfuse-s", "drmf-s", "dmnet-s", "mask-difuser-s"} == set(NAMES)
     assert set(NAMES) <= set(fe.model_names())
 
 
@@ -43,14 +43,14 @@ class TestCards:
         assert not model.training and model.name == name
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert all(torch.isfinite(p).all() for p in model.parameters())
-        step = 16 * model.multiple
+        step = max(64, 4 * model.multiple)
         a, b = picture_pair((step, step))
         with torch.no_grad():
             fused = model(a, b)
         # Trained, so it keeps what the sources show, and is no copy of one of them.
         assert fused.std() > 0.3 * max(a.std(), b.std())
         for source in (a, b):
-            related = np.corrcoef(fused.flatten(), source.flatten())[0, 1]
+            related = np.corrcoef(fused.flatten(), source.expand_as(fused).flatten())[0, 1]
             assert 0.1 < related < 0.999
 
     def test_loading_twice_gives_two_models(self, name):

@@ -15,7 +15,7 @@ from fuseengine.training.recipes.base import Recipe
 from fuseengine.training.recipes.dmfuse import DMFuseDiffusion, DMFuseFusion
 from fuseengine.training.recipes.dmnet import DMNetFusion, DMNetReconstruction
 from fuseengine.training.recipes.drfusion import DRFusionRecipe
-from fuseengine.training.recipes.drmf import DRMFFusion, DRMFRestoration
+from fuseengine.training.recipes.drmf import DRMFFusion, DRMFRefinement, DRMFRestoration
 from fuseengine.training.recipes.mask_difuser import MaskDiFuserPairs, MaskDiFuserRecipe
 
 _STAGES: dict[type[FusionModel], tuple[type[Recipe], ...]] = {
@@ -23,7 +23,7 @@ _STAGES: dict[type[FusionModel], tuple[type[Recipe], ...]] = {
     MaskDiFuser: (MaskDiFuserRecipe, MaskDiFuserPairs),
     DMFuse: (DMFuseDiffusion, DMFuseFusion),
     DMNet: (DMNetReconstruction, DMNetFusion),
-    DRMF: (DRMFRestoration, DRMFFusion),
+    DRMF: (DRMFRestoration, DRMFFusion, DRMFRefinement),
 }
 
 

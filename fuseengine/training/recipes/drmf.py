@@ -1,4 +1,8 @@
-"""DRMF: a restoration network per modality, then the weights that compose them."""
+"""DRMF: a restoration network per modality, then the weights that compose them.
+
+The paper ends there. A weighted mean of two pictures is never sharper than they are, and those of
+small networks are soft; ``drmf-s`` therefore refines what its networks say in the last step.
+"""
 
 from __future__ import annotations
 
@@ -238,6 +242,95 @@ class DRMFFusion(Recipe):
         """A, B, fused; then both degraded, fused."""
         seen = _degraded(model, pictures, generator, 0.4)
         return [*pictures, model(*pictures), *seen, model(*seen)]
+
+
+@dataclass(frozen=True)
+class DRMFRefinementWeights:
+    """Weights of the terms on the last step's composition; Y is luma, C chroma.
+
+    Attributes:
+        gradient: :func:`losses.gradient_selection` of Y.
+        correlation: :func:`losses.difference_correlation` of Y.
+        brightest: :func:`losses.brightest` of Y.
+        chroma: |C - the C of the source that has more of it|, summed over both.
+        range: :func:`losses.out_of_range`.
+    """
+
+    gradient: float = 0.4
+    correlation: float = 0.2
+    brightest: float = 0.3
+    chroma: float = 2.0
+    range: float = 5.0
+
+
+class DRMFRefinement(Recipe):
+    """The restoration networks learn what the last step's composition should be. Not in the paper.
+
+    Only the last step (t = 0) has a gradient: what a network says at a larger t stays restoration,
+    and a step costs as much as two plain ones. The weight network is frozen.
+
+    Args:
+        weights: weights of the loss's terms that replace the recipe's own.
+        chance: of each degradation of the sources; the loss compares with the clean ones.
+    """
+
+    stage = "refinement"
+    augment = True
+    default = DRMFRefinementWeights()
+
+    def __init__(self, weights: Mapping[str, float] | None = None, *, chance: float = 0.1) -> None:
+        super().__init__(weights)
+        self.chance = chance
+
+    @classmethod
+    def suits(cls, model: DRMF) -> bool:
+        """Networks that give the clean picture, in fusion."""
+        return model.predict == "clean" and model.task != "restore"
+
+    def trained(self, model: DRMF) -> list[nn.Module]:
+        """The restoration networks."""
+        return [getattr(model, name) for name in _networks(model)]
+
+    def __call__(
+        self, model: DRMF, pictures: Sequence[Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The loss's terms for clean patches of both modalities."""
+        a, b = pictures
+        seen_a, seen_b = _degraded(model, pictures, generator, self.chance)
+        noise = {"x_T": normal(a, generator)}
+        fused = self.last_step(model, seen_a, seen_b, noise) * 0.5 + 0.5
+        (y, chroma), (y_a, chroma_a), (y_b, chroma_b) = map(losses.to_ycbcr, (fused, a, b))
+        stronger = chroma_a.abs().sum(1, keepdim=True) > chroma_b.abs().sum(1, keepdim=True)
+        wanted, w = torch.where(stronger, chroma_a, chroma_b), self.weights
+        return {
+            "gradient": w.gradient * losses.gradient_selection(y, y_a, y_b),
+            "correlation": w.correlation * losses.difference_correlation(y, y_a, y_b),
+            "brightest": w.brightest * losses.brightest(y, y_a, y_b),
+            "chroma": w.chroma * (chroma - wanted).abs().sum(1).mean(),
+            "range": w.range * losses.out_of_range(fused),
+        }
+
+    @staticmethod
+    def last_step(model: DRMF, a: Tensor, b: Tensor, noise: Mapping[str, Tensor]) -> Tensor:
+        """The composed x_0 of the last step, (N, 3, H, W), with a gradient to both networks."""
+        last: list[tuple[Tensor, Tensor, Step]] = []
+
+        def watch(x: Tensor, prior_a: Tensor, prior_b: Tensor, w: Tensor, step: Step) -> None:
+            last[:] = [(x, w, step)]
+
+        with torch.no_grad():
+            model.sample(a, b, noise, watch=watch)
+        ((x, w, step),) = last
+        priors = []
+        for network, picture in ((model.infrared, a * 2.0 - 1.0), (model.visible, b * 2.0 - 1.0)):
+            priors.append(model.prior(network, x, step, picture, network.condition(picture)))
+        return w * priors[0] + (1.0 - w) * priors[1]
+
+    def show(
+        self, model: DRMF, pictures: Sequence[Tensor], generator: torch.Generator
+    ) -> list[Tensor]:
+        """A, B, fused."""
+        return [*pictures, model(*pictures)]
 
 
 def target_mask(infrared: Tensor, visible: Tensor) -> Tensor:
