@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -132,13 +133,23 @@ def parts(args: argparse.Namespace) -> list[Part]:
     pytest = ["-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "-o", "addopts="]
     pytest += ["-rfEs", "--import-mode=importlib"]
     quick = ["--peers", _QUICK_PEERS]
+    deployed = ["tests/gpu/test_tensorrt.py", "tests/gpu/test_cupy_device.py"]
     tests = ["tests/gpu", "--ignore", "tests/gpu/test_inductor.py"]
+    tests += [word for path in deployed for word in ("--ignore", path)]
     passed = "skipped" if dry else " passed"
     tests += [] if dry else ["tests/backends/test_cuda_device.py"]
     kernel_tests = [*pytest, "tests/kernels/test_triton_gpu.py"]
     plan = [
         Part("tests", [*pytest, *tests], 150, check=passed),
         Part("tests of kernels", kernel_tests, 150, 30, check=passed),
+        Part(
+            "tests of TensorRT and CuPy",
+            [*pytest, *deployed],
+            240,
+            60,
+            skip=_missing("tensorrt", "tensorrt_rtx", "cupy"),
+            check=passed,
+        ),
         op_benchmark("float16", dry=dry),
         benchmark("drfusion-s", _VGA, [], limit_s=170, dry=dry),
     ]
@@ -163,6 +174,13 @@ def parts(args: argparse.Namespace) -> list[Part]:
     if args.only:
         plan = [part for part in plan if part.name in args.only]
     return plan
+
+
+def _missing(*libraries: str) -> str:
+    """Why a part is skipped that needs one of these; "" when one is installed."""
+    if any(importlib.util.find_spec(name) is not None for name in libraries):
+        return ""
+    return f"none of {', '.join(libraries)} is installed"
 
 
 def _training(args: argparse.Namespace) -> Part:
@@ -387,8 +405,8 @@ def _user_folder(suite: Suite) -> str | None:
 _DEVICE = """
 import importlib.metadata as m, platform, sys
 print("python", platform.python_version())
-for name in ("numpy", "torch", "triton", "onnxruntime", "openvino", "tensorrt", "cupy-cuda13x",
-             "pytest", "hypothesis", "pybind11", "scikit-build-core"):
+for name in ("numpy", "torch", "triton", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx",
+             "cupy-cuda13x", "onnx", "pytest", "hypothesis", "pybind11", "scikit-build-core"):
     try: print(name, m.version(name))
     except m.PackageNotFoundError: print(name, "not installed")
 import fuseengine._native

@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from fuseengine.errors import CompileError
+from fuseengine.kernels import onnx_forms
 from fuseengine.program import resolve
 
 OPSET = 18
@@ -357,30 +358,16 @@ def _linear(w: OnnxWriter, layer: nn.Linear, path: str, x: str) -> str:
 
 
 def _group_norm(w: OnnxWriter, layer: nn.GroupNorm, path: str, x: str) -> str:
-    """GroupNorm without leaving the (N, C, H, W) shape.
-
-    Channel means, a C x C matrix that averages within groups, then one multiply-add per pixel. The
-    reshape to (N, groups, -1) of the usual form makes runtimes change layout twice per norm.
-    """
-    channels, groups = layer.num_channels, layer.num_groups
-    same = np.kron(np.eye(groups), np.full((channels // groups,) * 2, groups / channels))
-    mix = w.constant(
-        same.astype(np.float32).reshape(channels, channels, 1, 1), f"mix_{channels}_{groups}"
+    """GroupNorm without leaving the (N, C, H, W) shape, which runtimes take two re-layouts for."""
+    weight, bias = (
+        np.full(layer.num_channels, number, np.float32)
+        if parameter is None
+        else parameter.detach().cpu().numpy()
+        for parameter, number in ((layer.weight, 1.0), (layer.bias, 0.0))
     )
-    axes = w.integers(2, 3)
-    mean = w.add("Conv", w.add("ReduceMean", x, axes, keepdims=1), mix)
-    centred = w.add("Sub", x, mean)
-    square = w.add("ReduceMean", w.add("Mul", centred, centred), axes, keepdims=1)
-    variance = w.add("Conv", square, mix)
-    scale = w.add(
-        "Reciprocal", w.add("Sqrt", w.add("Add", variance, w.constant(np.float32(layer.eps))))
+    return onnx_forms.group_norm_silu(
+        w, x, weight, bias, groups=layer.num_groups, eps=layer.eps, silu=False, name=path
     )
-    if layer.affine:
-        weight = layer.weight.detach().reshape(1, -1, 1, 1)
-        scale = w.add("Mul", scale, w.constant(weight, f"{path}.weight"))
-        bias = w.constant(layer.bias.detach().reshape(1, -1, 1, 1), f"{path}.bias")
-        return w.add("Add", w.add("Mul", centred, scale), bias)
-    return w.add("Mul", centred, scale)
 
 
 def _silu(w: OnnxWriter, x: str, inplace: bool = False) -> str:

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from fuseengine.models.registry import build, load_model, model_names
     from fuseengine.program import Program
     from fuseengine.runtime.images import read_image, write_image
+    from fuseengine.saved_engine import load
     from fuseengine.tracing import capture
+    from fuseengine.video.sinks import open_sink
+    from fuseengine.video.sources import open_source
+    from fuseengine.video.stream import Stream
     from fuseengine.zoo import packaged_models
 
 __version__ = "0.1.0"
@@ -34,13 +38,17 @@ _HOMES = {
     "Engine": "engine",
     "FusionModel": "models.base",
     "Program": "program",
+    "Stream": "video.stream",
     "build": "models.registry",
     "capture": "tracing",
     "compile": "compiler",
     "demo_pair": "demo",
+    "load": "saved_engine",
     "load_checkpoint": "models.checkpoint",
     "load_model": "models.registry",
     "model_names": "models.registry",
+    "open_sink": "video.sinks",
+    "open_source": "video.sources",
     "packaged_models": "zoo",
     "read_image": "runtime.images",
     "write_image": "runtime.images",
@@ -51,13 +59,17 @@ __all__ = [
     "FuseEngineError",
     "FusionModel",
     "Program",
+    "Stream",
     "build",
     "capture",
     "compile",
     "demo_pair",
+    "load",
     "load_checkpoint",
     "load_model",
     "model_names",
+    "open_sink",
+    "open_source",
     "packaged_models",
     "read_image",
     "write_image",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import platform
@@ -125,19 +124,6 @@ def store(key: str, files: Mapping[str, bytes]) -> None:
         # The entry exists already (a folder with files cannot be replaced), or the disk is full:
         # either way the engine at hand works.
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """Named arrays as one npz file."""
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
-
-
-def unpack_arrays(content: bytes) -> dict[str, NDArray[Any]]:
-    """The inverse of :func:`pack_arrays`; never unpickles."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
 
 
 def _source_folders() -> list[Path]:

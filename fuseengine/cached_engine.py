@@ -1,7 +1,7 @@
 """Compiled engines in the cache: their keys, and what an entry holds.
 
-An entry holds the program and its constants, the choice per stage, the report, and the networks as
-ONNX where a chosen backend takes that; so an engine of a packaged model loads without PyTorch.
+An entry holds the engine's description, the program's constants, and the networks as ONNX where a
+chosen backend takes that; so an engine of a packaged model loads without PyTorch.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fuseengine import cache
-from fuseengine.engine import Choice, Engine
-from fuseengine.errors import CacheError, CaptureError, UnknownNameError
-from fuseengine.program import Program, StageVariant
+from fuseengine.description import Choice, Description, variant_from_dict, variant_to_dict
+from fuseengine.engine import Engine
+from fuseengine.errors import BundleError, CacheError, CaptureError, UnknownNameError
+from fuseengine.program import Program
 from fuseengine.report import Report
+from fuseengine.runtime import tensors
 from fuseengine.search import Settings
 from fuseengine.stages import CachedStages, ModelStages
 from fuseengine.zoo import packaged_models, unpackaged_hint
@@ -58,23 +60,22 @@ def content_key(program: Program, stages: ModelStages, settings: Settings) -> st
     return cache.key_of({"content": content, **vars(settings)})
 
 
-def store(key: str, program: Program, stages: ModelStages, choice: Choice, report: Report) -> None:
+def store(
+    key: str,
+    settings: Settings,
+    program: Program,
+    stages: ModelStages,
+    choice: Choice,
+    report: Report,
+) -> None:
     """Write an entry; a cache that cannot be written is a warning, not an error."""
-    variants = list(program.variants())
-    files = {
-        "program.json": program.to_json().encode(),
-        "constants.npz": cache.pack_arrays(dict(program.constants)),
-        "report.json": json.dumps(report.to_dict()).encode(),
-        "choice.json": json.dumps(
-            [
-                [v.stage, list(v.use), v.form, *choice[v], f"{i}.onnx"]
-                for i, v in enumerate(variants)
-            ]
-        ).encode(),
-    }
-    for index, variant in enumerate(variants):
-        if variant in stages.written:
-            files[f"{index}.onnx"] = stages.written[variant]
+    description = Description(program, choice, report, settings.size, settings.device).to_dict()
+    networks = []
+    files = {"constants.safetensors": tensors.pack(program.constants)}
+    for index, (variant, kind, content) in enumerate(stages.networks(choice)):
+        files[f"{index}.onnx"] = content
+        networks.append({**variant_to_dict(variant), "kind": kind, "file": f"{index}.onnx"})
+    files["engine.json"] = json.dumps({**description, "networks": networks}).encode()
     try:
         cache.store(key, files)
     except CacheError as error:
@@ -96,25 +97,26 @@ def load(key: str, settings: Settings, make: Callable[[], nn.Module]) -> Engine 
     if files is None:
         return None
     try:
-        constants = cache.unpack_arrays(files["constants.npz"])
-        program = Program.from_json(files["program.json"].decode(), constants)
-        report = Report.from_dict(json.loads(files["report.json"]))
-        choice: dict[StageVariant, tuple[str, str]] = {}
-        networks: dict[StageVariant, bytes] = {}
-        for stage, use, form, backend, precision, file in json.loads(files["choice.json"]):
-            variant = StageVariant(stage, tuple(use), form)
-            choice[variant] = (backend, precision)
-            if file in files:
-                networks[variant] = files[file]
-    except (KeyError, ValueError, TypeError, CaptureError) as error:
+        data = json.loads(files["engine.json"])
+        constants = tensors.unpack(files["constants.safetensors"])
+        description = Description.from_dict(data, constants)
+        networks = {
+            kind: {
+                variant_from_dict(entry): files[entry["file"]]
+                for entry in data["networks"]
+                if entry["kind"] == kind
+            }
+            for kind in ("fp32", "int8")
+        }
+    except (KeyError, ValueError, TypeError, CaptureError, BundleError) as error:
         log.warning("cache entry %s is unreadable (%r) and compiled again", key, error)
         cache.discard(key)
         return None
     return Engine(
-        program,
-        CachedStages(networks, make),
-        choice,
-        replace(report, from_cache=True),
+        description.program,
+        CachedStages(networks["fp32"], make, networks["int8"]),
+        description.choice,
+        replace(description.report, from_cache=True),
         size=settings.size,
         device=settings.device,
         threads=settings.threads,

@@ -11,10 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fuseengine import cached_engine
 from fuseengine.backends import BACKENDS, get_backend
-from fuseengine.engine import Engine
-from fuseengine.errors import BackendUnavailableError, SettingError, UnknownNameError
+from fuseengine.cache import fingerprint
+from fuseengine.engine import Engine, available_threads
+from fuseengine.errors import (
+    BackendUnavailableError,
+    FrameError,
+    SettingError,
+    UnknownNameError,
+)
 from fuseengine.program import Program
 from fuseengine.search import Settings, check_pairs, search
 from fuseengine.stages import ModelStages
@@ -24,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fuseengine")
 
-PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16", "int8")
 DEVICES = ("auto", "cpu", "cuda")
 EFFORTS = ("quick", "full")
 
@@ -40,7 +48,9 @@ def compile(
     guard_db: float = 45.0,
     max_error: float = 0.1,
     examples: Sequence[tuple[Any, Any]] | None = None,
+    calibration: Sequence[tuple[Any, Any]] | None = None,
     threads: int | None = None,
+    portable: bool = False,
     cache: bool = True,
 ) -> Engine:
     """Turn a fusion model into an engine.
@@ -59,14 +69,20 @@ def compile(
         size: (height, width) of the frames; None gives an engine that specialises itself to each
             size it meets, measured at 480x640.
         device: "cpu", "cuda", or "auto": a CUDA device if PyTorch sees one.
-        precision: "fp32", "tf32", "bf16", "fp16", or "auto": the fastest inside the guard.
-        backend: "openvino", "onnxruntime", "torch", "inductor", or "auto". One asked for by name
-            is used or refused, never replaced.
+        precision: "fp32", "tf32", "bf16", "fp16", "int8", or "auto": the fastest inside the guard;
+            int8 is among them where calibration is given, or with effort="full". Int8 keeps as
+            few layers float as the guard asks for; the report names them.
+        backend: "openvino", "onnxruntime", "torch", "inductor", "tensorrt", or "auto". One asked
+            for by name is used or refused, never replaced.
         effort: "quick" tries what lowers in seconds; "full" everything.
         guard_db: least PSNR of the fused image against float32, in dB (peak 1).
         max_error: largest absolute difference from float32 allowed, on the scale [0, 1].
         examples: pairs of frames of this size to check on; by default the packaged demo pair.
+        calibration: pairs of frames, (infrared, visible), of any size, that int8's ranges are read
+            from: ten to fifty of what the engine will see. By default the demo pair and variations
+            of it, which know one scene.
         threads: CPU threads; all that this process may use by default.
+        portable: choose among what :meth:`Engine.save` can write: no stage runs on PyTorch.
         cache: whether to look into and fill the cache of compiled engines.
 
     Returns:
@@ -77,9 +93,16 @@ def compile(
         BackendUnavailableError: a backend or device asked for by name cannot be used here.
         CaptureError: the model's forward cannot be captured.
         CompileError: nothing could lower the model, or what was asked for misses the guard.
+        FrameError: a calibration pair or an example cannot be used.
     """
     begin = time.perf_counter()
     settings = _resolve(size, device, precision, backend, effort, guard_db, max_error, threads)
+    settings = replace(settings, calibration=_calibration_key(calibration), portable=portable)
+    if portable and backend in BACKENDS and BACKENDS[backend].needs_module:
+        raise SettingError(
+            f"backend={backend!r}: it runs the PyTorch module, which no bundle holds; expected "
+            "'auto', 'openvino', 'onnxruntime' or 'tensorrt'"
+        )
     usable = cache and examples is None
     if isinstance(model, str):
         key = cached_engine.named_key(model, settings)
@@ -111,10 +134,10 @@ def compile(
             return _timed(found, begin)
         usable = bool(key)
     choice, report, executor = search(
-        program, stages, settings, check_pairs(program, settings, examples)
+        program, stages, settings, check_pairs(program, settings, examples), calibration
     )
     if usable:
-        cached_engine.store(key, program, stages, choice, report)
+        cached_engine.store(key, settings, program, stages, choice, report)
     engine = Engine(
         program,
         stages,
@@ -167,7 +190,8 @@ def _resolve(
     if not guard_db > 0 or not max_error > 0:
         raise SettingError(f"guard_db={guard_db}, max_error={max_error}; expected both above 0")
     if device == "auto":
-        device = "cuda" if backend in ("auto", "torch", "inductor") and _cuda_at_hand() else "cpu"
+        on_gpu = ("auto", "torch", "inductor", "tensorrt")
+        device = "cuda" if backend in on_gpu and _cuda_at_hand() else "cpu"
     elif device == "cuda" and not _cuda_at_hand():
         raise BackendUnavailableError(
             "device 'cuda' was asked for, but PyTorch sees no CUDA device here; use device='cpu', "
@@ -175,10 +199,28 @@ def _resolve(
         )
     if backend != "auto":
         get_backend(backend, device)
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Settings(
-        size, device, precision, backend, effort, guard_db, max_error, threads or available or 1
-    )
+    threads = threads or available_threads()
+    return Settings(size, device, precision, backend, effort, guard_db, max_error, threads)
+
+
+def _calibration_key(pairs: Sequence[tuple[Any, Any]] | None) -> str:
+    """Hash of calibration frames for the cache; empty for None. Their values are checked later."""
+    if pairs is None:
+        return ""
+    if not len(pairs):
+        raise SettingError(
+            "calibration: got no pairs; expected at least one, better ten to fifty that look like "
+            "what the engine will see"
+        )
+    frames = []
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise FrameError(
+                f"calibration pair {number}: got a {type(pair).__name__}; expected two frames, "
+                "(infrared, visible)"
+            )
+        frames += [(f"{number}.{place}", np.asarray(frame)) for place, frame in enumerate(pair)]
+    return fingerprint(frames)
 
 
 def _cuda_at_hand() -> bool:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from fuseengine.backends import BACKENDS, StageSource
+from fuseengine.description import Choice
 from fuseengine.errors import FrameError, SettingError, SizeMismatchError
 from fuseengine.program import Program, StageVariant, resolve
 from fuseengine.report import Profile, Report
+from fuseengine.runtime import gpu_frames
 from fuseengine.runtime.executor import CpuDevice, Device, Executor, StageRunner
 from fuseengine.runtime.frames import FrameAdapter, prepare_pair
-
-Choice = Mapping[StageVariant, tuple[str, str]]
-"""Stage variant -> (backend, precision)."""
 
 _SIZES_KEPT = 4
 """Executors that an engine without a fixed size keeps."""
@@ -72,7 +72,9 @@ class Engine:
         Args:
             infrared: (H, W) or (H, W, 3), or a batch with a leading N; uint8, uint16 or floats in
                 [0, 1]; NumPy, torch or anything with DLPack. See
-                :func:`fuseengine.runtime.frames.prepare_pair` for all that is taken.
+                :func:`fuseengine.runtime.frames.prepare_pair` for all that is taken. An engine that
+                runs on a GPU without PyTorch takes frames that are there already, without a copy:
+                :func:`fuseengine.runtime.gpu_frames.fuse`.
             visible: likewise; RGB or grey.
             out: for one NumPy pair: where to write, of the visible frame's shape and dtype. By
                 default every call gives a new array that the caller owns.
@@ -87,13 +89,14 @@ class Engine:
             FrameError: a frame that cannot be used; SizeMismatchError when the two sizes differ or
                 are not the engine's.
         """
+        on_cupy = self.device != "cpu" and _without_torch(self._source)
+        if on_cupy and (gpu_frames.on_gpu(infrared) or gpu_frames.on_gpu(visible)):
+            with self._lock:
+                return gpu_frames.fuse(
+                    self._checked_plan, infrared, visible, infrared_range=infrared_range, out=out
+                )
         pair = prepare_pair(infrared, visible, resize=resize, infrared_range=infrared_range)
-        if self.size is not None and pair.size != self.size:
-            raise SizeMismatchError(
-                f"the frames are {pair.size[0]}x{pair.size[1]} (height x width), expected "
-                f"{self.size[0]}x{self.size[1]}, for which this engine was compiled; compile one "
-                "for their size, or with size=None for any size"
-            )
+        self._check_size(pair.size)
         if out is not None:
             _check_out(out, visible, len(pair))
         with self._lock:
@@ -155,8 +158,69 @@ class Engine:
         ]
         return Profile(tuple(rows), frame * 1e3, (whole - np.array(calls)) * 1e3)
 
+    def warm(self) -> None:
+        """Run once on what stands in the buffers: first runs are slower, and find what is wrong.
+
+        An engine of any size has nothing to run yet.
+        """
+        if self.size is not None:
+            with self._lock:
+                executor = self._plan(self.size)[1]
+                executor.run()
+                executor.device.synchronize()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the engine as one file, which :func:`fuseengine.load` reads without PyTorch.
+
+        Args:
+            path: file to write, replaced when it is there; by custom it ends in ``.fuse``.
+
+        Raises:
+            BundleError: a stage runs on PyTorch, or the file cannot be written.
+        """
+        from fuseengine.saved_engine import save
+
+        save(path, self)
+
+    @property
+    def choice(self) -> Choice:
+        """Backend and precision per stage variant."""
+        return self._choice
+
+    @property
+    def source(self) -> StageSource:
+        """Where its networks come from."""
+        return self._source
+
+    def executor(self, size: tuple[int, int] | None = None) -> Executor:
+        """What runs the program for frames of a size: for looking at its parts.
+
+        It is the engine's own: whoever uses it sees to it that nobody fuses meanwhile.
+
+        Args:
+            size: (height, width); by default the engine's, or the one it was measured at.
+
+        Raises:
+            SizeMismatchError: it is not the engine's size.
+        """
+        size = size or self.size or self.report.size
+        with self._lock:
+            return self._checked_plan(size)[1]
+
     def __repr__(self) -> str:
         return f"<Engine {self.report.summary()}>"
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        if self.size is not None and size != self.size:
+            raise SizeMismatchError(
+                f"the frames are {size[0]}x{size[1]} (height x width), expected "
+                f"{self.size[0]}x{self.size[1]}, for which this engine was compiled; compile one "
+                "for their size, or with size=None for any size"
+            )
+
+    def _checked_plan(self, size: tuple[int, int]) -> tuple[FrameAdapter, Executor]:
+        self._check_size(size)
+        return self._plan(size)
 
     def _fuse(self, adapter: FrameAdapter, executor: Executor, ir: Any, vis: Any) -> Any:
         self._load(adapter, executor, ir, vis)
@@ -164,23 +228,13 @@ class Engine:
         return self._store(adapter, executor, vis)
 
     def _load(self, adapter: FrameAdapter, executor: Executor, ir: Any, vis: Any) -> None:
-        a, b = executor.inputs
-        if self.device == "cpu":
-            adapter.load(ir, vis, a, b)
-            return
-        host_a, host_b = executor.device.staging(executor.inputs)  # type: ignore[attr-defined]
-        adapter.load(ir, vis, host_a.numpy(), host_b.numpy())
-        a.copy_(host_a, non_blocking=True)
-        b.copy_(host_b, non_blocking=True)
+        device = executor.device
+        adapter.load(ir, vis, *(device.host(array) for array in executor.inputs))
+        for array in executor.inputs:
+            device.send(array)
 
     def _store(self, adapter: FrameAdapter, executor: Executor, vis: Any) -> Any:
-        fused = executor.output
-        if self.device != "cpu":
-            (host,) = executor.device.staging([fused])  # type: ignore[attr-defined]
-            host.copy_(fused, non_blocking=True)
-            executor.device.synchronize()
-            fused = host.numpy()
-        return adapter.store(fused, vis)
+        return adapter.store(executor.device.fetch(executor.output), vis)
 
     def _plan(self, size: tuple[int, int]) -> tuple[FrameAdapter, Executor]:
         plan = self._plans.get(size)
@@ -226,6 +280,13 @@ def _check_out(out: Any, visible: Any, pairs: int) -> None:
         raise FrameError("out: got a read-only array; expected one that can be written")
 
 
+def available_threads() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def build_executor(
     program: Program,
     source: StageSource,
@@ -254,13 +315,30 @@ def build_executor(
         runners[variant] = BACKENDS[backend].lower(
             source, variant, shapes, precision=precision, device=device, threads=threads
         )
-    return Executor(program, size, runners, make_device(device, threads))
+    return Executor(program, size, runners, make_device(device, threads, source))
 
 
-def make_device(device: str, threads: int) -> Device:
-    """The executor's device: "cpu", whose native ops use so many threads, or "cuda"."""
+def make_device(device: str, threads: int, source: StageSource | None = None) -> Device:
+    """The executor's device.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: that the CPU's native ops use.
+        source: where networks come from. One that brings compiled GPU kernels, as a bundle can,
+            runs without PyTorch, as does everything where that is missing.
+    """
     if device == "cpu":
         return CpuDevice(threads)
-    from fuseengine.backends.cuda_device import TorchDevice
+    if not _without_torch(source):
+        from fuseengine.backends.cuda_device import TorchDevice
 
-    return TorchDevice(device)
+        return TorchDevice(device)
+    from fuseengine.runtime.cupy_device import CupyDevice
+
+    kernels: Any = getattr(source, "kernels", None)
+    return CupyDevice(kernels() if getattr(source, "has_kernels", False) else None)
+
+
+def _without_torch(source: StageSource | None) -> bool:
+    """Whether a GPU engine runs on CuPy."""
+    return getattr(source, "has_kernels", False) or importlib.util.find_spec("torch") is None

@@ -64,9 +64,29 @@ class CacheError(FuseEngineError):
     """A cache entry is damaged or the cache folder cannot be used."""
 
 
+class BundleError(FuseEngineError):
+    """A bundle is damaged, of a newer version or for another machine, or cannot be written."""
+
+
 class KernelStoreError(FuseEngineError):
     """A folder of compiled kernels is missing, damaged or of another version."""
 
 
 class TrainingError(FuseEngineError):
     """Training cannot start, resume or go on."""
+
+
+class CalibrationError(FuseEngineError):
+    """Two cameras cannot be calibrated from what was given."""
+
+
+class SourceError(FuseEngineError):
+    """A camera, file or stream cannot be opened or read as a source of frames."""
+
+
+class SinkError(FuseEngineError):
+    """A place for fused frames cannot be opened or written."""
+
+
+class DeadlineError(FuseEngineError):
+    """An engine cannot keep the deadline that a strict stream was given."""

@@ -125,31 +125,32 @@ class Program:
         return "\n".join([*lines, f"    return {self.output}"])
 
     def to_json(self) -> str:
+        """:meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_dict(self) -> dict[str, Any]:
         """Everything but the constants' values, which are arrays and are saved beside it."""
-        return json.dumps(
-            {
-                "schema": SCHEMA,
-                "model": self.model,
-                "channels": self.channels,
-                "multiple": self.multiple,
-                "padding": self.padding,
-                "inputs": list(self.inputs),
-                "output": self.output,
-                "values": {name: list(value.shape) for name, value in self.values.items()},
-                "constants": list(self.constants),
-                "nodes": [
-                    {
-                        "kind": node.kind,
-                        "target": node.target,
-                        "inputs": list(node.inputs),
-                        "outputs": list(node.outputs),
-                        "attrs": dict(node.attrs),
-                    }
-                    for node in self.nodes
-                ],
-            },
-            indent=1,
-        )
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "channels": self.channels,
+            "multiple": self.multiple,
+            "padding": self.padding,
+            "inputs": list(self.inputs),
+            "output": self.output,
+            "values": {name: list(value.shape) for name, value in self.values.items()},
+            "constants": list(self.constants),
+            "nodes": [
+                {
+                    "kind": node.kind,
+                    "target": node.target,
+                    "inputs": list(node.inputs),
+                    "outputs": list(node.outputs),
+                    "attrs": dict(node.attrs),
+                }
+                for node in self.nodes
+            ],
+        }
 
     @classmethod
     def from_json(cls, text: str, constants: Mapping[str, NDArray[np.float32]]) -> Program:
@@ -160,6 +161,20 @@ class Program:
         """
         try:
             data = json.loads(text)
+        except ValueError as error:
+            raise CaptureError(f"not a program: {error!r}") from error
+        return cls.from_dict(data, constants)
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], constants: Mapping[str, NDArray[np.float32]]
+    ) -> Program:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            CaptureError: not a program of this schema, or a constant is missing.
+        """
+        try:
             schema = data["schema"]
             if schema != SCHEMA:
                 raise CaptureError(f"program schema {schema!r}; expected {SCHEMA}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -42,10 +43,13 @@ class Report:
         choice: stage variant -> "backend/precision".
         candidates: everything that was tried or skipped, in order.
         guard_db: least PSNR that was asked of a candidate below float32.
-        psnr_db: of the engine as chosen.
-        max_error: of the engine as chosen.
+        psnr_db: of the engine as chosen; NaN where it was not run.
+        max_error: likewise.
         seconds: how long compiling took.
         from_cache: whether the choice came out of the cache.
+        threads: CPU threads that it was measured with.
+        quantised: how int8 networks were made, None where none were: see ``Quantised.record`` in
+            ``fuseengine.export.quantize``.
     """
 
     model: str
@@ -59,25 +63,35 @@ class Report:
     seconds: float
     from_cache: bool = False
     threads: int = field(default=1)
+    quantised: dict[str, Any] | None = None
 
     def summary(self) -> str:
         """One line."""
         chosen = ", ".join(f"{stage}: {how}" for stage, how in self.choice.items())
         source = "from the cache" if self.from_cache else f"in {self.seconds:.1f} s"
+        exact = f"{self.psnr_db:.1f} dB, max error {self.max_error:.2g} against float32"
+        if math.isnan(self.psnr_db):
+            exact = "not run yet, so not compared with float32"
         return (
-            f"{self.model} {self.size[1]}x{self.size[0]} on {self.device}, {chosen}; "
-            f"{self.psnr_db:.1f} dB, max error {self.max_error:.2g} against float32; "
+            f"{self.model} {self.size[1]}x{self.size[0]} on {self.device}, {chosen}; {exact}; "
             f"compiled {source}"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        return asdict(self)
+        """Plain JSON data; a number that is none (a candidate that gave NaN) becomes null."""
+        data = asdict(self)
+        for row in (data, *data["candidates"]):
+            for key, value in row.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    row[key] = None
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """The inverse of :meth:`to_dict`."""
         data = dict(data)
+        for key in ("psnr_db", "max_error"):
+            data[key] = math.nan if data[key] is None else data[key]
         data["size"] = tuple(data["size"])
         data["candidates"] = tuple(Candidate(**item) for item in data["candidates"])
         return cls(**data)
@@ -95,7 +109,10 @@ class Report:
                     item.note,
                 ]
             )
-        return f"{self.summary()}\n{table(rows)}"
+        lines = [self.summary(), table(rows)]
+        if self.quantised is not None:
+            lines.append(_int8_line(self.quantised))
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -131,6 +148,20 @@ class Profile:
             p = _percentiles(times)
             rows.append([name, *(f"{p[k]:.3f}" for k in ("p50", "p90", "p99")), str(p["n"])])
         return f"{table(rows)}\noverhead beyond stages and ops: {self.overhead_ms:.3f} ms"
+
+
+def _int8_line(record: dict[str, Any]) -> str:
+    floats = [
+        f"{stage}: {', '.join(layers)}"
+        for stage, layers in record["float_layers"].items()
+        if layers
+    ]
+    count = sum(map(len, record["float_layers"].values()))
+    kept = f" ({'; '.join(floats)})" if floats else ""
+    return (
+        f"int8: ranges by {record['method']} on {record['pictures']}; {count} of "
+        f"{record['layers']} layers stay float{kept}"
+    )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

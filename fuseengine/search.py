@@ -15,13 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fuseengine.backends import BACKENDS
+from fuseengine.backends.base import network_kind
 from fuseengine.demo import demo_pair
-from fuseengine.engine import Choice, build_executor
+from fuseengine.description import Choice
+from fuseengine.engine import build_executor
 from fuseengine.errors import CompileError, FuseEngineError
+from fuseengine.pairs import Pair, model_inputs
 from fuseengine.program import Program, StageVariant
 from fuseengine.report import Candidate, Report
 from fuseengine.runtime.executor import Executor
-from fuseengine.runtime.frames import FrameAdapter, prepare_pair
 from fuseengine.stages import ModelStages
 
 if TYPE_CHECKING:
@@ -34,8 +36,6 @@ _EXACT_DB = 80.0
 
 _QUICK_SECONDS = 0.4
 """Time that a quick search spends on timing one candidate, about."""
-
-Pair = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class Settings:
     guard_db: float
     max_error: float
     threads: int
+    calibration: str = ""
+    """Hash of the calibration frames; empty without any."""
+    portable: bool = False
+    """Whether backends that need the PyTorch module are left out."""
 
     @property
     def measured(self) -> tuple[int, int]:
@@ -71,7 +75,11 @@ class _Trial:
 
 
 def search(
-    program: Program, stages: ModelStages, settings: Settings, pairs: list[Pair]
+    program: Program,
+    stages: ModelStages,
+    settings: Settings,
+    pairs: list[Pair],
+    calibration: Sequence[tuple[Any, Any]] | None = None,
 ) -> tuple[Choice, Report, Executor]:
     """Find the fastest lowering inside the guard.
 
@@ -80,6 +88,8 @@ def search(
         stages: its networks.
         settings: what was asked for.
         pairs: model inputs to check and time on, see :func:`check_pairs`.
+        calibration: pairs of frames that int8 is calibrated on; the demo pair and variations of it
+            by default.
 
     Returns:
         Backend and precision per stage variant, the record of what was tried, and the executor that
@@ -87,8 +97,10 @@ def search(
 
     Raises:
         CompileError: no candidate could be lowered and passed the guard.
+        FrameError: a calibration pair cannot be used.
     """
-    references, eager_ms = _reference(stages.model, pairs, settings)
+    references, eager_ms = reference_pictures(stages.model, pairs, settings)
+    int8 = _Int8(program, stages, settings, calibration)
     candidates: list[Candidate] = []
     trials: list[_Trial] = []
     for backend, precision, reason in _candidates(settings, trials, eager_ms):
@@ -96,6 +108,8 @@ def search(
             candidates.append(Candidate(backend, precision, note=reason))
             continue
         try:
+            if network_kind(precision) == "int8":
+                int8.prepare(pairs, references)
             trial = _try(program, stages, settings, backend, precision, pairs, references)
         except Exception as failure:
             # A backend's library may raise anything; another one may still do.
@@ -128,11 +142,61 @@ def search(
         max_error=error,
         seconds=0.0,
         threads=settings.threads,
+        quantised=int8.record,
     )
     return choice, report, executor
 
 
-def _reference(
+class _Int8:
+    """Quantised networks of the stages, made when the first candidate needs them."""
+
+    def __init__(
+        self,
+        program: Program,
+        stages: ModelStages,
+        settings: Settings,
+        calibration: Sequence[tuple[Any, Any]] | None,
+    ) -> None:
+        self.program, self.stages, self.settings = program, stages, settings
+        self.pictures = "the demo pair and variations of it"
+        self.pairs: list[Pair] | None = None
+        self.record: dict[str, Any] | None = None
+        self.failure: Exception | None = None
+        if calibration is not None:
+            from fuseengine.export.calibration import calibration_pairs
+
+            # Here, because a bad picture is the caller's error and no candidate's.
+            self.pairs = calibration_pairs(program, calibration)
+            self.pictures = f"{len(self.pairs)} given pairs"
+
+    def prepare(self, pairs: list[Pair], references: list[NDArray[np.float32]]) -> None:
+        """Make the networks, once; what went wrong is raised again for every candidate."""
+        if self.failure is not None:
+            raise self.failure
+        if self.record is not None:
+            return
+        from fuseengine.export.calibration import calibration_pairs
+        from fuseengine.export.quantize import quantise_stages
+
+        try:
+            quantised = quantise_stages(
+                self.program,
+                self.stages,
+                self.pairs or calibration_pairs(self.program, None),
+                guard_db=self.settings.guard_db,
+                max_error=self.settings.max_error,
+                check=pairs,
+                references=references,
+                threads=self.settings.threads,
+            )
+        except Exception as failure:
+            self.failure = failure
+            raise
+        self.stages.int8 = dict(quantised.networks)
+        self.record = {"pictures": self.pictures, **quantised.record}
+
+
+def reference_pictures(
     model: nn.Module, pairs: list[Pair], settings: Settings
 ) -> tuple[list[NDArray[np.float32]], float]:
     """The eager model's fused images in float32, and its time for the last one in ms."""
@@ -170,6 +234,8 @@ def _candidates(
         if named and name != settings.backend:
             continue
         reason = backend.unavailable(settings.device)
+        if settings.portable and backend.needs_module:
+            reason = "runs the PyTorch module, which no bundle holds"
         if reason:
             yield name, settings.precision, reason
             continue
@@ -177,10 +243,13 @@ def _candidates(
             yield name, settings.precision, "slow to compile; tried with effort='full'"
             continue
         offered = backend.precisions(settings.device)
-        wanted = offered if settings.precision == "auto" else (settings.precision,)
-        for precision in wanted:
+        for precision in _wanted(settings, offered):
             if precision not in offered:
                 yield name, precision, f"offers {', '.join(offered)} only"
+                continue
+            asked = settings.precision != "auto" or settings.calibration
+            if network_kind(precision) == "int8" and not asked and settings.effort == "quick":
+                yield name, precision, "needs calibration; tried when given, or with effort='full'"
                 continue
             best = min((trial.total for trial in trials), default=float("inf"))
             slow = name == "torch" and settings.device == "cpu" and eager_ms > 2 * best
@@ -192,6 +261,16 @@ def _candidates(
                 )
                 continue
             yield name, precision, ""
+
+
+def _wanted(settings: Settings, offered: tuple[str, ...]) -> tuple[str, ...]:
+    """The precisions to try of those that a backend offers, or the one that it should have."""
+    if settings.precision == "auto":
+        return offered
+    if settings.precision == "int8":  # whatever the rest is in
+        found = tuple(name for name in offered if network_kind(name) == "int8")
+        return found or ("int8",)
+    return (settings.precision,)
 
 
 def _try(
@@ -208,7 +287,7 @@ def _try(
     executor = build_executor(
         program, stages, choice, (size[0], size[1]), settings.device, settings.threads
     )
-    psnr, error = _errors(executor, pairs, references)
+    psnr, error = picture_errors(executor, pairs, references)
     runs = 20
     if settings.effort == "quick":
         runs = min(5, max(1, round(_QUICK_SECONDS * 1e3 / _whole(executor))))
@@ -230,7 +309,7 @@ def _whole(executor: Executor) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def _errors(
+def picture_errors(
     executor: Executor, pairs: list[Pair], references: list[NDArray[np.float32]]
 ) -> tuple[float, float]:
     """Worst PSNR in dB (peak 1) and largest absolute error over the pairs."""
@@ -286,7 +365,7 @@ def _choose(
     executor = build_executor(
         program, stages, mixed, (size[0], size[1]), settings.device, settings.threads
     )
-    psnr, error = _errors(executor, pairs, references)
+    psnr, error = picture_errors(executor, pairs, references)
     if psnr >= settings.guard_db and error <= settings.max_error:
         return mixed, psnr, error, executor
     return uniform, whole.psnr, whole.error, whole.executor
@@ -305,24 +384,9 @@ def check_pairs(
 ) -> list[Pair]:
     """Model inputs to check on: the examples, or the demo pair (and its sources exchanged)."""
     size = settings.measured
-    adapter = FrameAdapter(size, program.channels, program.multiple, program.padding)
     if examples is None:
-        infrared, visible = (_fit(frame, size) for frame in demo_pair())
+        infrared, visible = demo_pair(size)
         examples = [(infrared, visible)]
         if settings.effort == "full":
             examples.append((visible[::-1], infrared[::-1]))
-    pairs = []
-    for infrared, visible in examples:
-        for ir, vis in prepare_pair(infrared, visible):
-            a, b = np.empty((2, 1, adapter.planes, *adapter.padded), dtype=np.float32)
-            adapter.load(ir, vis, a, b)
-            pairs.append((a, b))
-    return pairs
-
-
-def _fit(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    if frame.shape[:2] == size:
-        return frame
-    return np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BILINEAR))
+    return model_inputs(program, size, examples)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fuseengine.errors import CacheError
+from fuseengine.backends.base import network_kind
+from fuseengine.errors import CacheError, SettingError
 from fuseengine.program import Program, StageVariant
 
 if TYPE_CHECKING:
@@ -23,9 +24,24 @@ class ModelStages:
     def __init__(self, model: nn.Module, program: Program) -> None:
         self.model, self.program = model, program
         self.written: dict[StageVariant, bytes] = {}
+        self.int8: dict[StageVariant, bytes] = {}
 
-    def onnx(self, variant: StageVariant, *, fallback: bool = True) -> bytes:
-        """The variant as ONNX, float32; see :func:`fuseengine.export.onnx.stage_to_onnx`."""
+    def onnx(
+        self, variant: StageVariant, precision: str = "fp32", *, fallback: bool = True
+    ) -> bytes:
+        """The variant as ONNX; see :func:`fuseengine.export.onnx.stage_to_onnx`.
+
+        Args:
+            variant: which.
+            precision: "fp32", or "int8" once ``self.int8`` holds the networks that
+                :func:`fuseengine.export.quantize.quantise_stages` made.
+            fallback: see ``stage_to_onnx``.
+
+        Raises:
+            SettingError: an int8 network before there is one.
+        """
+        if precision == "int8":
+            return _quantised(self.int8, variant)
         if variant not in self.written:
             from fuseengine.export.onnx import stage_to_onnx
 
@@ -41,6 +57,19 @@ class ModelStages:
             ).SerializeToString()
         return self.written[variant]
 
+    def networks(
+        self, choice: Mapping[StageVariant, tuple[str, str]]
+    ) -> Iterator[tuple[StageVariant, str, bytes]]:
+        """Variant, "fp32" or "int8", and the network, of all that an engine so chosen may ask for.
+
+        Float32 as far as it was written, and int8 where that was chosen.
+        """
+        for variant, content in self.written.items():
+            yield variant, "fp32", content
+        for variant, (_, precision) in choice.items():
+            if network_kind(precision) == "int8":
+                yield variant, "int8", self.int8[variant]
+
     def module(self, variant: StageVariant) -> Any:
         """The submodule itself."""
         return self.model.get_submodule(variant.stage)
@@ -52,20 +81,27 @@ class CachedStages:
     Args:
         onnx: serialised ONNX per variant, as far as it was written.
         load: makes the model, for backends that need the module.
+        int8: the quantised networks of the variants that run in int8.
     """
 
     def __init__(
-        self, onnx: Mapping[StageVariant, bytes], load: Callable[[], nn.Module] | None
+        self,
+        onnx: Mapping[StageVariant, bytes],
+        load: Callable[[], nn.Module] | None,
+        int8: Mapping[StageVariant, bytes] | None = None,
     ) -> None:
-        self._onnx, self._load = onnx, load
+        self._onnx, self._load, self.int8 = onnx, load, dict(int8 or {})
         self._model: nn.Module | None = None
 
-    def onnx(self, variant: StageVariant) -> bytes:
+    def onnx(self, variant: StageVariant, precision: str = "fp32") -> bytes:
         """The stored ONNX bytes.
 
         Raises:
             CacheError: the entry holds none for this variant.
+            SettingError: it holds none in int8.
         """
+        if precision == "int8":
+            return _quantised(self.int8, variant)
         if variant not in self._onnx:
             raise CacheError(
                 f"the cache entry holds no network for {variant.label}; clear the cache"
@@ -79,3 +115,12 @@ class CachedStages:
         if self._model is None:
             self._model = self._load()
         return self._model.get_submodule(variant.stage)
+
+
+def _quantised(networks: Mapping[StageVariant, bytes], variant: StageVariant) -> bytes:
+    if variant not in networks:
+        raise SettingError(
+            f"there is no int8 network for {variant.label}; expected a model that was compiled "
+            "with precision='int8', or with precision='auto' and calibration pictures"
+        )
+    return networks[variant]

@@ -417,7 +417,7 @@ class TestChoice:
         with caplog.at_level(logging.INFO, logger="fuseengine"):
             engine = quick(model, backend="auto")
         tried = {c.backend for c in engine.report.candidates}
-        assert tried == {"openvino", "onnxruntime", "torch", "inductor"}
+        assert tried == {"openvino", "onnxruntime", "torch", "inductor", "tensorrt"}
         (inductor,) = [c for c in engine.report.candidates if c.backend == "inductor"]
         assert inductor.milliseconds is None and "effort='full'" in inductor.note
         assert any(c.note == "chosen" for c in engine.report.candidates)
@@ -446,7 +446,7 @@ class TestChoice:
         assert 10 < engine.report.psnr_db < 80
 
     def test_precision_that_is_not_offered(self, model):
-        with pytest.raises(CompileError, match="onnxruntime/bf16: offers fp32 only"):
+        with pytest.raises(CompileError, match="onnxruntime/bf16: offers fp32, int8 only"):
             quick(model, precision="bf16")
 
     def test_examples(self, model):

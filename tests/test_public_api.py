@@ -18,6 +18,7 @@ PUBLIC = [
     "capture",
     "compile",
     "demo_pair",
+    "load",
     "load_checkpoint",
     "load_model",
     "model_names",

@@ -9,11 +9,18 @@ from fuseengine.backends.base import Backend, StageSource
 from fuseengine.backends.onnxruntime import OnnxRuntimeBackend
 from fuseengine.backends.openvino import OpenVinoBackend
 from fuseengine.backends.pytorch import InductorBackend, TorchBackend
+from fuseengine.backends.tensorrt import TensorRtBackend
 from fuseengine.errors import BackendUnavailableError, UnknownNameError
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
-    for backend in (OpenVinoBackend(), OnnxRuntimeBackend(), TorchBackend(), InductorBackend())
+    for backend in (
+        OpenVinoBackend(),
+        OnnxRuntimeBackend(),
+        TorchBackend(),
+        InductorBackend(),
+        TensorRtBackend(),
+    )
 }
 
 

@@ -13,11 +13,24 @@ from fuseengine.runtime.executor import StageRunner
 class StageSource(Protocol):
     """The networks behind a program's stages."""
 
-    def onnx(self, variant: StageVariant) -> bytes:
-        """The variant as a serialised ONNX model in float32, height and width open."""
+    def onnx(self, variant: StageVariant, precision: str = "fp32") -> bytes:
+        """The variant as a serialised ONNX model, height and width open.
+
+        Args:
+            variant: which stage and which of its results.
+            precision: "fp32"; or "int8": Q/DQ pairs around what is int8, float32 elsewhere.
+        """
 
     def module(self, variant: StageVariant) -> Any:
         """The stage as a ``torch.nn.Module`` in float32; may have to import torch."""
+
+
+def network_kind(precision: str) -> str:
+    """Which ONNX network of a source a precision is lowered from: "fp32" or "int8".
+
+    "int8+bf16" and the like are the int8 network with the rest in another precision.
+    """
+    return "int8" if precision.split("+")[0] == "int8" else "fp32"
 
 
 class Backend(ABC):
@@ -28,6 +41,8 @@ class Backend(ABC):
     """The install extra that brings its library."""
     library: ClassVar[str]
     """The import name of its library."""
+    needs_module: ClassVar[bool] = False
+    """Whether it lowers PyTorch modules, which no bundle holds, instead of ONNX networks."""
     quick: ClassVar[bool] = True
     """Whether lowering takes seconds; slow ones are tried with ``effort="full"`` only."""
 

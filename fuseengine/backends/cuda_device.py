@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,25 @@ class TorchDevice:
                     tensor.shape, dtype=tensor.dtype, pin_memory=pinned
                 )
         return [self._staging[id(tensor)] for tensor in tensors]
+
+    def active(self) -> AbstractContextManager[object]:
+        """Nothing: calls run on PyTorch's current stream."""
+        return nullcontext()
+
+    def host(self, array: Tensor) -> NDArray[np.float32]:
+        """Page-locked memory beside the tensor."""
+        return self.staging([array])[0].numpy()
+
+    def send(self, array: Tensor) -> None:
+        """Copy without waiting."""
+        array.copy_(self.staging([array])[0], non_blocking=True)
+
+    def fetch(self, array: Tensor) -> NDArray[np.float32]:
+        """Copy, and wait for it."""
+        (host,) = self.staging([array])
+        host.copy_(array, non_blocking=True)
+        self.synchronize()
+        return host.numpy()
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from fuseengine.backends.base import Backend, StageSource
+from fuseengine.backends.base import Backend, StageSource, network_kind
 from fuseengine.program import StageVariant
 from fuseengine.runtime.executor import StageRunner
 
-_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32", "int8+bf16": "bf16"}
+"""Precision of what is not int8; OpenVINO reads Q/DQ pairs out of the network."""
 
 
 class OpenVinoBackend(Backend):
@@ -27,12 +28,10 @@ class OpenVinoBackend(Backend):
         return super().unavailable(device)
 
     def precisions(self, device: str) -> tuple[str, ...]:
-        """Float32, and bfloat16 or float16 where the processor computes in them."""
-        capabilities = _capabilities()
-        offered = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
-        return tuple(
-            name for name, flag in offered.items() if name == "fp32" or flag in capabilities
-        )
+        """Float32 and int8, and with bfloat16 or float16 where the processor computes in them."""
+        needs = {"bf16": "BF16", "fp16": "FP16", "int8+bf16": "BF16"}
+        found = _capabilities()
+        return tuple(name for name in _HINTS if name not in needs or needs[name] in found)
 
     def lower(
         self,
@@ -48,7 +47,7 @@ class OpenVinoBackend(Backend):
         from openvino import properties
 
         core = _core()
-        model = core.read_model(source.onnx(variant))
+        model = core.read_model(source.onnx(variant, network_kind(precision)))
         model.reshape(
             {value.any_name: list(s) for value, s in zip(model.inputs, shapes, strict=True)}
         )

@@ -19,6 +19,7 @@ class TorchBackend(Backend):
     name = "torch"
     extra = "compile"
     library = "torch"
+    needs_module = True
 
     def unavailable(self, device: str) -> str | None:
         """Also needs the device."""

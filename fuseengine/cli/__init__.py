@@ -14,15 +14,33 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from fuseengine.cli import demo, evaluate, fuse, models, train
+from fuseengine.cli import (
+    calibrate,
+    compile,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    fuse,
+    inspect,
+    latency,
+    models,
+    train,
+    verify,
+    video,
+)
 from fuseengine.cli.common import RawHelp, one_line
 from fuseengine.errors import FuseEngineError
 
 _EXTRAS = {
+    "av": "video",
     "cupy": "gpu",
+    "cv2": "video",
+    "hdrh": "video",
     "onnx": "compile",
     "onnxscript": "compile",
     "openvino": "openvino",
+    "ray": "ray",
     "safetensors": "compile",
     "scipy": "evaluate",
     "tensorrt": "tensorrt",
@@ -127,6 +145,21 @@ def _make_parser() -> argparse.ArgumentParser:
         "--traceback", action="store_true", help="on an error, show where it came from"
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for module in (fuse, demo, evaluate, models, train):
+    modules = (
+        fuse,
+        video,
+        calibrate,
+        demo,
+        compile,
+        inspect,
+        verify,
+        latency,
+        evaluate,
+        models,
+        train,
+        export,
+        doctor,
+    )
+    for module in modules:
         module.add_parser(commands)
     return parser

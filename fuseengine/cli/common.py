@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fuseengine.errors import ImageFileError
+from fuseengine.errors import ImageFileError, SettingError
 from fuseengine.runtime.formats import SUFFIXES
 
 if TYPE_CHECKING:
@@ -18,11 +18,14 @@ _T = TypeVar("_T")
 
 _SPELLINGS = {
     "cache=False": "--no-cache",
+    "backend='onnxruntime'": "--backend onnxruntime",
     "device='cpu'": "--device cpu",
     "effort='full'": "--effort full",
     "init=FILE": "--init FILE",
     "infrared_range=(lo, hi)": "--infrared-range LO,HI",
     "jobs=N": "--jobs N",
+    "precision='fp32'": "--precision fp32",
+    "restart=True": "--restart",
     "resize='infrared'": "--resize infrared",
     "skip=True": "--skip",
     "stage='...'": "--stage NAME",
@@ -64,6 +67,16 @@ def positive_float(text: str) -> float:
     return value
 
 
+def frame_size(text: str) -> tuple[int, int]:
+    """An argument WIDTHxHEIGHT, as (height, width)."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 2):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected WIDTHxHEIGHT in pixels of at least 2, such as 640x480"
+        )
+    return int(height), int(width)
+
+
 def add_engine_options(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
     """Add the options of ``fuseengine.compile``; names are checked there, with suggestions."""
     group = parser.add_argument_group("engine")
@@ -101,13 +114,41 @@ def add_engine_options(parser: argparse.ArgumentParser, *, model: bool = True) -
     )
 
 
+def load_engine(args: argparse.Namespace) -> Engine:
+    """The engine in the bundle ``args.engine``; other options than "auto" replace its choices."""
+    import fuseengine as fe
+
+    given = {name: getattr(args, name) for name in ("device", "backend", "precision")}
+    asked = {name: None if value == "auto" else value for name, value in given.items()}
+    return fe.load(args.engine, threads=args.threads, **asked)
+
+
+def check_bundle_options(args: argparse.Namespace) -> None:
+    """Refuse what only compiling takes beside ``--engine``.
+
+    Raises:
+        SettingError: ``--model``, ``--effort`` or ``--no-cache`` was given.
+    """
+    if args.model != "drfusion-s" or args.effort != "quick" or args.no_cache:
+        raise SettingError(
+            f"--engine {args.engine}: it is compiled already; expected no --model, --effort or "
+            "--no-cache with it"
+        )
+
+
 def make_engine(args: argparse.Namespace, size: tuple[int, int] | None) -> Engine:
     """The engine that the options ask for.
 
     Args:
         args: parsed options of :func:`add_engine_options`.
         size: (height, width), or None for an engine that takes any size.
+
+    Raises:
+        SettingError: a bundle, and options that only compiling takes.
     """
+    if getattr(args, "engine", None) is not None:
+        check_bundle_options(args)
+        return load_engine(args)
     import fuseengine as fe
 
     return fe.compile(

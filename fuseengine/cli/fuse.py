@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from fuseengine.cli.common import (
     RawHelp,
     add_engine_options,
+    check_bundle_options,
     check_output_file,
     make_engine,
     note,
@@ -27,6 +28,7 @@ from fuseengine.errors import FuseEngineError, ImageFileError, SettingError
 from fuseengine.runtime.formats import SUFFIXES
 
 if TYPE_CHECKING:
+    from fuseengine.distributed import Job
     from fuseengine.engine import Engine
 
 _T = TypeVar("_T")
@@ -48,6 +50,8 @@ examples:
   fuseengine fuse ir.png vis.png -o fused.png
   fuseengine fuse thermal16.tif rgb.jpg -o fused.png --infrared-range minmax
   fuseengine fuse IR_DIR VIS_DIR -o OUT_DIR --precision fp32
+  fuseengine fuse IR_DIR VIS_DIR -o OUT_DIR --ray --threads 2
+  fuseengine fuse ir.png vis.png -o fused.png --engine drfusion.fuse
 
 exit code: 0 all pairs were fused; 2 an error, or at least one pair failed; 130
 interrupted. Files without a partner in the other folder are listed and are not
@@ -75,6 +79,12 @@ def add_parser(commands: Any) -> None:
         metavar="OUT",
         help="file to write, or folder (made if missing); a file's suffix says the format",
     )
+    parser.add_argument(
+        "--engine",
+        type=Path,
+        metavar="FILE.fuse",
+        help="fuse with a compiled file, see 'fuseengine compile'; needs no PyTorch",
+    )
     add_engine_options(parser)
     frames = parser.add_argument_group("frames")
     frames.add_argument(
@@ -95,6 +105,21 @@ def add_parser(commands: Any) -> None:
         metavar=".EXT",
         help=f"of the outputs in folder mode (default: .png): {', '.join(SUFFIXES)}",
     )
+    many = parser.add_argument_group("many pairs")
+    many.add_argument(
+        "--ray",
+        action="store_true",
+        help="spread folders over a Ray cluster; run again, it goes on where it stopped",
+    )
+    many.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of the cluster, such as ray://host:10001 (default: $RAY_ADDRESS, else a cluster on "
+        "this machine)",
+    )
+    many.add_argument(
+        "--restart", action="store_true", help="with --ray: make finished outputs again"
+    )
     talk = parser.add_argument_group("what is printed")
     talk.add_argument(
         "--report", action="store_true", help="print what compiling tried, measured and chose"
@@ -110,7 +135,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.resize not in (None, "infrared"):
         raise SettingError(f"--resize: got {args.resize!r}, expected 'infrared'")
+    if (args.ray_address or args.restart) and not args.ray:
+        raise SettingError("--ray-address, --restart: they say how --ray works; give --ray too")
     folders = args.infrared.is_dir(), args.visible.is_dir()
+    if args.ray and not all(folders):
+        raise SettingError(
+            f"--ray spreads two folders; got {args.infrared} and {args.visible}, expected folders"
+        )
     if all(folders):
         return _fuse_folders(args)
     if any(folders):
@@ -178,10 +209,16 @@ class FolderSummary:
         if self.failures:
             lines.append(f"failed: {len(self.failures)}")
             lines += [f"  {name}: {reason}" for name, reason in sorted(self.failures)]
-        for kind, files in lonely:
-            if files:
-                lines.append(f"{kind} without a partner: {', '.join(file.name for file in files)}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *_lonely_lines(lonely)])
+
+
+def _lonely_lines(lonely: Iterable[tuple[str, Sequence[Path]]]) -> list[str]:
+    """Files without a partner in the other folder, a line per folder that has some."""
+    return [
+        f"{kind} without a partner: {', '.join(file.name for file in files)}"
+        for kind, files in lonely
+        if files
+    ]
 
 
 def _fuse_folders(args: argparse.Namespace) -> int:
@@ -207,6 +244,9 @@ def _fuse_folders(args: argparse.Namespace) -> int:
             f"({len(found.only_visible)} images); expected names that are the same up to the suffix"
         )
     args.output.mkdir(parents=True, exist_ok=True)
+    lonely = (("infrared", found.only_infrared), ("visible", found.only_visible))
+    if args.ray:
+        return _fuse_over_ray(args, found.pairs, suffix, lonely)
     engine = make_engine(args, None)
     _print_engine(args, engine)
     summary = FolderSummary(len(found.pairs))
@@ -216,10 +256,55 @@ def _fuse_folders(args: argparse.Namespace) -> int:
     finally:  # after Ctrl-C too: what is done is done
         failed = summary.failures or summary.written < summary.pairs
         if not args.quiet or failed:
-            lonely = (("infrared", found.only_infrared), ("visible", found.only_visible))
             text = summary.lines(args.output, time.perf_counter() - begin, lonely)
             print(text, file=sys.stderr if args.quiet else sys.stdout)
     return 2 if summary.failures else 0
+
+
+def _fuse_over_ray(
+    args: argparse.Namespace,
+    pairs: Sequence[tuple[Path, Path]],
+    suffix: str,
+    lonely: Iterable[tuple[str, Sequence[Path]]],
+) -> int:
+    from fuseengine.distributed import Outcome, fuse_over_ray
+
+    outcome = Outcome(len(pairs))
+    try:
+        fuse_over_ray(
+            pairs,
+            args.output,
+            make_job(args, suffix),
+            outcome,
+            address=args.ray_address,
+            threads=args.threads,
+            gpu=args.device == "cuda",
+            restart=args.restart,
+            progress=lambda done, total: progress_bar(
+                args, done, total, unit="pair", desc=_label(args)
+            ),
+        )
+    finally:  # after Ctrl-C too
+        left = outcome.pairs - outcome.finished - outcome.made
+        named = [(name, one_line(FuseEngineError(why))) for name, why in outcome.failures]
+        outcome.failures = named
+        if outcome.seconds and (left or not args.quiet):
+            text = "\n".join([outcome.lines(args.output), *_lonely_lines(lonely)])
+            print(text, file=sys.stderr if args.quiet else sys.stdout)
+    return 2 if left else 0
+
+
+def make_job(args: argparse.Namespace, suffix: str) -> Job:
+    """What the actors of ``--ray`` do, by the options of the engine and of the frames."""
+    from fuseengine.distributed import Job
+
+    named = {name: getattr(args, name) for name in ("device", "backend", "precision")}
+    if args.engine is not None:
+        check_bundle_options(args)
+        asked = {name: None if value == "auto" else value for name, value in named.items()}
+        return Job(asked, str(args.engine.resolve()), _frame_options(args), suffix)
+    asked = {"model": args.model, **named, "effort": args.effort, "cache": not args.no_cache}
+    return Job(asked, "", _frame_options(args), suffix)
 
 
 def fuse_pairs(
@@ -267,7 +352,7 @@ def fuse_pairs(
     pool = ThreadPoolExecutor(_AHEAD)
     try:
         for (infrared, visible), reading in progress_bar(
-            args, _ahead(pool, _read, pairs), len(pairs), unit="pair", desc=args.model
+            args, _ahead(pool, _read, pairs), len(pairs), unit="pair", desc=_label(args)
         ):
             name = pair_label(infrared, visible)
             try:
@@ -294,6 +379,12 @@ def fuse_pairs(
         pool.shutdown(cancel_futures=True)
         while writing:  # after Ctrl-C: those that were being written are whole
             finish_write()
+
+
+def _label(args: argparse.Namespace) -> str:
+    """What fuses, for the progress bar."""
+    file = getattr(args, "engine", None)
+    return args.model if file is None else file.stem
 
 
 def pair_label(infrared: Path, visible: Path) -> str:

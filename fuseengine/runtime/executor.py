@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,6 +46,18 @@ class Device(Protocol):
 
     def wrap(self, calls: Sequence[Call]) -> Call:
         """One call that makes all of them (on a GPU: a captured graph)."""
+
+    def active(self) -> AbstractContextManager[object]:
+        """What calls are bound, and made one by one, inside of (on a GPU: its stream)."""
+
+    def host(self, array: Any) -> NDArray[np.float32]:
+        """The host's side of an array of the device: the array itself where there is no other."""
+
+    def send(self, array: Any) -> None:
+        """Start to copy an array from its host's side."""
+
+    def fetch(self, array: Any) -> NDArray[np.float32]:
+        """The host's side of an array, with what stands in the array when all calls are done."""
 
     def synchronize(self) -> None:
         """Wait until everything called has been done."""
@@ -87,6 +100,21 @@ class CpuDevice:
                 call()
 
         return run
+
+    def active(self) -> AbstractContextManager[object]:
+        """Nothing."""
+        return nullcontext()
+
+    def host(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The array."""
+        return array
+
+    def send(self, array: NDArray[np.float32]) -> None:
+        """It is there."""
+
+    def fetch(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The array."""
+        return array
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
@@ -138,6 +166,7 @@ class Executor:
         self.output = arrays[program.output]
         self.runners = dict(runners)
         self._calls: list[tuple[Node, Call]] = []
+        self._operands: list[tuple[list[Any], list[Any]]] = []
         for node in program.nodes:
             if _is_made(node):
                 continue
@@ -148,10 +177,12 @@ class Executor:
                     [x[..., : self.frame[0], : self.frame[1]] for x in xs] for xs in (given, made)
                 )
             if node.kind == "stage":
-                call = runners[StageVariant.of(node)].bind(given, made)
+                with self.device.active():
+                    call = runners[StageVariant.of(node)].bind(given, made)
             else:
                 call = self.device.bind_op(node, given, made[0])
             self._calls.append((node, call))
+            self._operands.append((given, made))
         self._run: Call | None = None
 
     def of_frame(self, frame: tuple[int, int]) -> Executor:
@@ -173,12 +204,43 @@ class Executor:
         """Like :meth:`run`, call by call; the milliseconds of each node."""
         times = []
         self.device.synchronize()
-        for _, call in self._calls:
-            begin = time.perf_counter()
-            call()
-            self.device.synchronize()
-            times.append((time.perf_counter() - begin) * 1e3)
+        with self.device.active():
+            for _, call in self._calls:
+                begin = time.perf_counter()
+                call()
+                self.device.synchronize()
+                times.append((time.perf_counter() - begin) * 1e3)
         return times
+
+    def made_once(self) -> dict[str, NDArray[np.float32]]:
+        """Values that depend on the picture's size alone, such as the starting noise."""
+        nodes = filter(_is_made, self.program.nodes)
+        names = [name for node in nodes for name in node.made()]
+        return {name: np.array(self.device.fetch(self._arrays[name])) for name in names}
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The nodes that are computed per frame, in order."""
+        return [node for node, _ in self._calls]
+
+    def replay(
+        self, index: int, inputs: Sequence[NDArray[np.float32]]
+    ) -> list[NDArray[np.float32]]:
+        """Compute one node alone; what the buffers held is lost.
+
+        Args:
+            index: of the node in :attr:`nodes`.
+            inputs: its inputs, of the size that its buffers have.
+
+        Returns:
+            Its results.
+        """
+        given, made = self._operands[index]
+        with self.device.active():
+            for target, source in zip(given, inputs, strict=True):
+                target[...] = self.device.constant(source)
+            self._calls[index][1]()
+        return [np.array(self.device.fetch(array)) for array in made]
 
     def profile(self, runs: int) -> list[Timing]:
         """Time each node over several runs of the whole program."""

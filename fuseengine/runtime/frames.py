@@ -270,7 +270,7 @@ def prepare_pair(
     """
     if resize not in (None, "infrared"):
         raise SettingError(f"resize: got {resize!r}, expected None or 'infrared'")
-    bounds = _bounds(infrared_range)
+    bounds = range_bounds(infrared_range)
     ir, vis = _Input("infrared", infrared), _Input("visible", visible)
     if len(ir.frames) != len(vis.frames):
         raise FrameError(
@@ -292,7 +292,7 @@ def prepare_pair(
         for frame in frames:
             _check_values("infrared", frame)
     if ir.size != vis.size:
-        frames = [_resample(frame, vis.size) for frame in frames]
+        frames = [resample(frame, vis.size) for frame in frames]
     return FramePair(frames, vis)
 
 
@@ -391,7 +391,28 @@ def _dtype_remedy(dtype: np.dtype[Any]) -> str:
     return "convert it with .astype(np.float32)"
 
 
-def _bounds(infrared_range: Any) -> tuple[float, float] | None:
+def split_frames(name: str, array: Any) -> list[Any]:
+    """The frames (H, W) or (H, W, 3) of an array of any library that indexes as NumPy's do.
+
+    Args:
+        name: for the error.
+        array: a frame or a batch, as :func:`prepare_pair` takes them.
+
+    Raises:
+        FrameError: another shape, or an empty batch.
+    """
+    array, batch = _strip(name, array)
+    if batch and len(array) == 0:
+        raise FrameError(f"{name}: got an empty batch {array.shape}, expected N >= 1 frames")
+    return list(array) if batch else [array]
+
+
+def range_bounds(infrared_range: Any) -> tuple[float, float] | None:
+    """The two ends of a range; None for none and for "minmax".
+
+    Raises:
+        SettingError: something else, or no ascending finite numbers.
+    """
     if infrared_range is None or infrared_range == "minmax":
         return None
     try:
@@ -429,8 +450,11 @@ def _stretch(frame: Frame, bounds: tuple[float, float] | None) -> NDArray[np.flo
     return out[0]
 
 
-def _resample(frame: Frame, size: tuple[int, int]) -> Frame:
-    """Bilinear, in the frame's own dtype; all but uint8 are worked in float32."""
+def resample(frame: Frame, size: tuple[int, int]) -> Frame:
+    """A frame (H, W) or (H, W, 3) of another size (height, width): bilinear, in its own dtype.
+
+    All but uint8 are worked in float32.
+    """
     height, width = size
     if frame.dtype == np.uint8:
         image = Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)

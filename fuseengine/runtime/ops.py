@@ -38,19 +38,34 @@ class Op:
     framed: bool = False
 
 
-def bind(name: str, inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+def bind(
+    name: str, inputs: Sequence[Any], output: Any, attrs: Mapping[str, Any], xp: Any = np
+) -> Call:
     """The call that computes an op.
+
+    Args:
+        name: which.
+        inputs: arrays.
+        output: array to write.
+        attrs: of the node.
+        xp: the arrays' module where it is not NumPy but has its names, such as CuPy; for ops of
+            :data:`PORTABLE` only.
 
     Raises:
         CaptureError: the program names an op that does not exist.
     """
     if name not in OPS:
         raise CaptureError(f"op {name!r} is unknown; a newer version may have written the program")
+    if xp is not np:
+        return PORTABLE[name](inputs, output, attrs, xp)
     return OPS[name].bind(inputs, output, attrs)
 
 
-def _elementwise(function: np.ufunc) -> Op:
-    def make(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+def _elementwise(name: str) -> Callable[..., Call]:
+    def make(
+        inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any], xp: Any = np
+    ) -> Call:
+        function = getattr(xp, name)
         # A number takes the place that attrs["scalar_first"] says: 1 - x against x - 1.
         operands: list[Any] = list(inputs)
         if "scalar" in attrs:
@@ -58,32 +73,34 @@ def _elementwise(function: np.ufunc) -> Op:
             operands.insert(0 if attrs.get("scalar_first") else 1, scalar)
         return lambda: function(*operands, out=output)
 
-    return Op(make, in_place=(0, 1))
+    return make
 
 
-def _concat(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+def _concat(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any], xp: Any = np) -> Call:
     parts, axis = list(inputs), attrs["axis"]
-    return lambda: np.concatenate(parts, axis=axis, out=output)
+    return lambda: xp.concatenate(parts, axis=axis, out=output)
 
 
-def _slice(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+def _slice(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any], xp: Any = np) -> Call:
     view = inputs[0][tuple(slice(*bounds) for bounds in attrs["bounds"])]
-    return lambda: np.copyto(output, view)
+    return lambda: xp.copyto(output, view)
 
 
-def _clamp(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+def _clamp(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any], xp: Any = np) -> Call:
     x, low, high = inputs[0], attrs["min"], attrs["max"]
-    return lambda: np.clip(x, low, high, out=output)
+    return lambda: xp.clip(x, low, high, out=output)
 
 
-def _stretch(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+def _stretch(
+    inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any], xp: Any = np
+) -> Call:
     x, axes = inputs[0], (2, 3) if attrs["per"] == "channel" else (1, 2, 3)
 
     def call() -> None:
         low = x.min(axis=axes, keepdims=True)
         span = x.max(axis=axes, keepdims=True) - low
-        np.subtract(x, low, out=output)
-        np.divide(output, np.where(span > 0, span, np.float32(1)), out=output)
+        xp.subtract(x, low, out=output)
+        xp.divide(output, xp.where(span > 0, span, np.float32(1)), out=output)
 
     return call
 
@@ -143,19 +160,23 @@ def _criss_cross_attention(
     return lambda: _native.criss_cross_attention(q, k, v, output)
 
 
-def _block_mean(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+def _block_mean(
+    inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any], xp: Any = np
+) -> Call:
     s = attrs["scale"]
     n, c, h, w = output.shape
     blocks = inputs[0].reshape(n, c, h, s, w, s)
     return lambda: blocks.mean(axis=(3, 5), out=output)
 
 
-def _block_repeat(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+def _block_repeat(
+    inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any], xp: Any = np
+) -> Call:
     s = attrs["scale"]
     n, c, h, w = inputs[0].shape
     source = inputs[0].reshape(n, c, h, 1, w, 1)
     target = output.reshape(n, c, h, s, w, s)
-    return lambda: np.copyto(target, source)
+    return lambda: xp.copyto(target, source)
 
 
 def _spectrum(kernel: Array, size: tuple[int, int]) -> NDArray[np.complex128]:
@@ -171,29 +192,59 @@ def _spectrum(kernel: Array, size: tuple[int, int]) -> NDArray[np.complex128]:
     return np.fft.rfft2(padded)
 
 
+def filter_spectrum(
+    op: str, kernel: Array, size: tuple[int, int], attrs: Mapping[str, Any]
+) -> NDArray[np.complex128]:
+    """What "circular_convolution" or "wiener_deconvolution" multiplies a half spectrum by.
+
+    Args:
+        op: which of the two.
+        kernel: (h, w), its centre tap is the origin.
+        size: (H, W) of the pictures.
+        attrs: of the node.
+
+    Returns:
+        (H, W // 2 + 1).
+    """
+    spectrum = _spectrum(kernel, size)
+    if op == "circular_convolution":
+        return spectrum
+    return spectrum.conj() / (np.abs(spectrum) ** 2 + attrs["regularisation"])
+
+
 def _filter(x: Array, output: Array, spectrum: NDArray[np.complex128]) -> Call:
     half = np.ascontiguousarray(spectrum.astype(np.complex64))
     planes, target = (a.reshape(-1, *a.shape[-2:]) for a in (x, output))
     return lambda: _native.wiener_filter(planes, half, target)
 
 
-def _circular_convolution(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
-    x, kernel = inputs
-    return _filter(x, output, _spectrum(kernel, x.shape[-2:]))
+def _filter_op(op: str) -> Callable[..., Call]:
+    def make(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
+        x, kernel = inputs
+        return _filter(x, output, filter_spectrum(op, kernel, x.shape[-2:], attrs))
+
+    return make
 
 
-def _wiener_deconvolution(inputs: Sequence[Array], output: Array, attrs: Mapping[str, Any]) -> Call:
-    x, kernel = inputs
-    spectrum = _spectrum(kernel, x.shape[-2:])
-    inverse = spectrum.conj() / (np.abs(spectrum) ** 2 + attrs["regularisation"])
-    return _filter(x, output, inverse)
-
+PORTABLE: dict[str, Callable[..., Call]] = {
+    "add": _elementwise("add"),
+    "sub": _elementwise("subtract"),
+    "mul": _elementwise("multiply"),
+    "div": _elementwise("divide"),
+    "concat": _concat,
+    "slice": _slice,
+    "clamp": _clamp,
+    "stretch": _stretch,
+    "block_mean": _block_mean,
+    "block_repeat": _block_repeat,
+}
+"""Ops of NumPy alone: they take the arrays' module as a further argument."""
 
 OPS: dict[str, Op] = {
-    "add": _elementwise(np.add),
-    "sub": _elementwise(np.subtract),
-    "mul": _elementwise(np.multiply),
-    "div": _elementwise(np.divide),
+    "add": Op(PORTABLE["add"], in_place=(0, 1)),
+    "sub": Op(PORTABLE["sub"], in_place=(0, 1)),
+    "mul": Op(PORTABLE["mul"], in_place=(0, 1)),
+    "div": Op(PORTABLE["div"], in_place=(0, 1)),
     "concat": Op(_concat),
     "slice": Op(_slice),
     "clamp": Op(_clamp, in_place=(0,)),
@@ -204,8 +255,7 @@ OPS: dict[str, Op] = {
     "joint_ddim_step": Op(_joint_ddim_step, in_place=(0,)),
     "block_mean": Op(_block_mean),
     "block_repeat": Op(_block_repeat),
-    "circular_convolution": Op(_circular_convolution),
-    "wiener_deconvolution": Op(_wiener_deconvolution),
+    **{name: Op(_filter_op(name)) for name in ("circular_convolution", "wiener_deconvolution")},
 }
 
 FRAMED = frozenset(name for name, op in OPS.items() if op.framed)

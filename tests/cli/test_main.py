@@ -13,7 +13,18 @@ import fuseengine.cli
 from fuseengine.cli import main
 from fuseengine.errors import FuseEngineError
 
-COMMANDS = ["fuse", "demo", "evaluate", "models", "train"]
+COMMANDS = [
+    "fuse",
+    "video",
+    "demo",
+    "evaluate",
+    "models",
+    "train",
+    "doctor",
+    "compile",
+    "inspect",
+    "verify",
+]
 
 
 def one_error(capsys):

@@ -298,6 +298,49 @@ class TestUnknown:
         assert issubclass(UnsupportedLayerError, CompileError)
 
 
+def in_openvino(model, x):
+    openvino = pytest.importorskip("openvino")
+    core = openvino.Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    return core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)([x])[0]
+
+
+class TestGroupNorm:
+    """Means far from zero, where the rounding of a sum over all pixels shows."""
+
+    @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+    @pytest.mark.parametrize("rows", ["alike", "every 16th differs"])
+    def test_raw_thermal_counts(self, runtime, rows):
+        """No worse than for a mean of 0, where a plain mean is off by 0.01 and more."""
+        layer = randomise(Inside(nn.GroupNorm(2, 8)))
+        counts = (20.0 * noise(1, 8, 240, 320)).round()
+        if rows != "alike":
+            counts[:, :, ::16] += 200.0
+        with torch.no_grad():
+            model = write(layer, [counts])
+            exact = layer.double()(counts.double()).numpy()  # the same for every mean
+
+        def error(x):
+            if runtime == "openvino":
+                found = in_openvino(model, x.numpy())
+            else:
+                (found,) = session(model).run(None, {"in0": x.numpy()})
+            return np.abs(found - exact).max()
+
+        assert error(counts + 30000.0) <= 2 * error(counts) + 1e-4
+
+    def test_the_layout_is_kept(self):
+        """No reshape or transposition, for which runtimes would leave their channels-last form."""
+        model = write(Inside(nn.GroupNorm(2, 8)), [noise(1, 8, 6, 10)])
+        used = {node.op_type for node in model.graph.node}
+        assert not used & {"Reshape", "Transpose", "Flatten", "InstanceNormalization"}
+
+    def test_equal_matrices_are_stored_once(self):
+        norms = nn.Sequential(*(nn.GroupNorm(2, 8) for _ in range(3)))
+        model = write(norms, [noise(1, 8, 6, 10)])
+        assert sum(tuple(i.dims) == (8, 8, 1, 1) for i in model.graph.initializer) == 1
+
+
 class TestNetworks:
     @pytest.mark.parametrize("width", [(8, 8), (8, 16)])
     def test_residual_block(self, width):

@@ -44,6 +44,7 @@ TENSORRT_10_3 = {
     "Reshape": "",
     "Reciprocal": "",
     "ReduceMean": "",
+    "Relu": "",
     "Resize": "nearest with floor and asymmetric is one of its modes",
     "Shape": "",
     "Sigmoid": "",
@@ -165,6 +166,19 @@ class TestNetworks:
         exact = test_group_norm.exactly((x, *rest[:2]), groups=2)
         # The mean in two numbers: no worse than for a mean of 0.
         assert (found - exact).abs().max() < 1e-5
+
+    @pytest.mark.parametrize("value", [0.0, 0.3, 30000.3, 1e6 / 3])
+    def test_a_constant_picture(self, value):
+        """What rounding leaves of the variance may not be negative; the result is the bias."""
+        x, weight, bias = test_group_norm.drawn((1, 8, 40, 50), torch.float32)[:3]
+        given = weight.numpy(), bias.numpy()
+
+        def form(w, x):
+            return onnx_forms.group_norm_silu(w, x, *given, groups=2, silu=False)
+
+        found = run(form, named("x", [torch.full_like(x, value)]), fixed=(1,))
+        wanted = bias.reshape(1, -1, 1, 1).expand_as(found)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
 class TestSteps:
