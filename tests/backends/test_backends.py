@@ -74,6 +74,8 @@ class TestAgainstReference:
     def test_every_precision(self, captured, backend):
         offered = BACKENDS[backend].precisions("cpu")
         assert offered[0] == "fp32"
+        # int8 needs networks of its own: tests/export/test_quantize.py.
+        offered = [precision for precision in offered if not precision.startswith("int8")]
         for precision in offered:
             executor = run(captured, backend, precision)
             assert psnr(executor.output, captured[3]) > LEAST_DB[precision], precision
