@@ -315,6 +315,8 @@ def run(args: argparse.Namespace) -> int:
         messages.update(result["messages"])
         slowest = max(slowest, tuple(result["slowest"]))
         number += count
+        bad = [text for text in verdicts if text.startswith(("FAILED", "CRASHED"))]
+        print(f"{number - args.first} done, {len(bad)} bad", *bad, sep="; ", file=sys.stderr)
     at.unlink(missing_ok=True)
     folder.rmdir()
     failed = [text for text in verdicts if text.startswith(("FAILED", "CRASHED"))]

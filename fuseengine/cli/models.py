@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from fuseengine.report import table
 
-    head = ["model", "parameters", "steps", "channels", "sizes", "packaged", "trained on"]
+    head = ["model", "parameters", "steps", "channels", "sizes", "packaged", "trained for"]
     print(
         table(
             [
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
                         row["channels"],
                         f"any (padded to {row['multiple']})",
                         f"{row['megabytes']:.1f} MB" if row["packaged"] else "no",
-                        row["trained_on"] or "-",
+                        row["trained_for"] or "-",
                     ]
                     for row in rows
                 ),
@@ -96,7 +96,7 @@ def describe_models() -> list[dict[str, Any]]:
 
     Returns:
         Plain data with the keys name, parameters, steps, channels, multiple, packaged, megabytes
-        (of the weights' file) and trained_on; the last two are None where nothing is packaged.
+        (of the weights' file) and trained_for; the last two are None where nothing is packaged.
     """
     from fuseengine.zoo import packaged_models
 
@@ -112,7 +112,7 @@ def describe_models() -> list[dict[str, Any]]:
                 "multiple": model.multiple,
                 "packaged": True,
                 "megabytes": model.weights.stat().st_size / 1e6,
-                "trained_on": _trained_on(model.card),
+                "trained_for": ", ".join(model.card.get("tasks", ())),
             }
         )
     for name, known in _CONFIGURATIONS.items():
@@ -123,15 +123,10 @@ def describe_models() -> list[dict[str, Any]]:
                     **known._asdict(),
                     "packaged": False,
                     "megabytes": None,
-                    "trained_on": None,
+                    "trained_for": None,
                 }
             )
     return rows
-
-
-def _trained_on(card: dict[str, Any]) -> str:
-    data = card.get("data", "")
-    return str(data.get("name", "")) if isinstance(data, dict) else str(data)
 
 
 def _outline(data: Any, indent: str = "") -> list[str]:

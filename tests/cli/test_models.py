@@ -18,6 +18,7 @@ CARD = {
     "steps": 2,
     "parameters": 1_234_567,
     "data": "3 pairs of nothing",
+    "tasks": ["day", "night"],
     "results": {"tno": {"EN": 7.0}},
     "limits": ["dark", "far"],
 }
@@ -55,10 +56,8 @@ def test_table(tiny, capsys):
     assert main(["models"]) == 0
     head, _, *rows = capsys.readouterr().out.splitlines()
     head = " ".join(head.split())
-    assert head == "model parameters steps channels sizes packaged trained on"
-    assert " ".join(rows[0].split()) == (
-        "tiny 1.23 M 2 rgb any (padded to 16) 2.5 MB 3 pairs of nothing"
-    )
+    assert head == "model parameters steps channels sizes packaged trained for"
+    assert " ".join(rows[0].split()) == ("tiny 1.23 M 2 rgb any (padded to 16) 2.5 MB day, night")
     assert [row.split()[0] for row in rows] == ["tiny", *_CONFIGURATIONS]
     assert "drfusion 31.77 M 3 luma any (padded to 2) no -" in [" ".join(r.split()) for r in rows]
 
