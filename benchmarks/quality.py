@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import fuseengine as fe
-from benchmarks.harness import Result, this_command
+from benchmarks.harness import Result, slug, this_command
 from fuseengine.metrics import METRICS, evaluate
 from fuseengine.runtime.images import pair_files
 
@@ -82,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     keys = DEFAULTS if args.all else KEYS
     result = Result(
-        suite=f"quality-{args.model}-{args.name}",
+        suite=f"quality-{args.model}-{slug(args.name)}",
         device="cpu",
         title=f"{args.model} on {args.name}: means over the pairs",
         settings={"precision": args.precision},
