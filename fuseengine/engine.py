@@ -158,16 +158,17 @@ class Engine:
         ]
         return Profile(tuple(rows), frame * 1e3, (whole - np.array(calls)) * 1e3)
 
-    def warm(self) -> None:
+    def warm(self, size: tuple[int, int] | None = None) -> None:
         """Run once on what stands in the buffers: first runs are slower, and find what is wrong.
 
-        An engine of any size has nothing to run yet.
+        Args:
+            size: (height, width) of the frames; by default the engine's, or the one it was
+                measured at.
         """
-        if self.size is not None:
-            with self._lock:
-                executor = self._plan(self.size)[1]
-                executor.run()
-                executor.device.synchronize()
+        executor = self.executor(size)
+        with self._lock:
+            executor.run()
+            executor.device.synchronize()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the engine as one file, which :func:`fuseengine.load` reads without PyTorch.

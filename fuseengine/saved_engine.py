@@ -21,6 +21,9 @@ from fuseengine.runtime import bundle
 from fuseengine.runtime.bundle import BuiltFor, Bundle
 from fuseengine.runtime.gpu import gpus
 
+_SMALL = (64, 64)
+"""Height and width at which an engine of any size is tried."""
+
 
 def save(
     path: str | os.PathLike[str], engine: Engine, target: tuple[str, str] | None = None
@@ -111,7 +114,8 @@ def load(
         threads: CPU threads; all that this process may use by default.
 
     Returns:
-        The engine, ready: one of a fixed size has run once.
+        The engine, which has run once: one of a fixed size is ready, one of any size prepares
+        itself when it meets one.
 
     Raises:
         BundleError: the file cannot be read, is damaged, of a newer schema, or its content does
@@ -167,9 +171,12 @@ def _engine(
         device=device,
         threads=threads or available_threads(),
     )
-    if description.size is not None:
+    # One of any size is tried at a small one: what is malformed is refused here, not later. On a
+    # GPU that would build plans for minutes.
+    size = description.size or (_SMALL if device == "cpu" else None)
+    if size is not None:
         with np.errstate(all="ignore"):  # on black frames
-            engine.warm()
+            engine.warm(size)
     _give_back_memory()
     return engine
 
