@@ -210,6 +210,9 @@ class Program:
         """Raise CaptureError unless every value is made once and before it is used."""
         if len(self.inputs) != 2 or any(name not in self.values for name in self.inputs):
             raise CaptureError(f"inputs {self.inputs}; expected two values of the program")
+        unshaped = [name for name in self.constants if name not in self.values]
+        if unshaped:
+            raise CaptureError(f"the constants {unshaped[:5]} have no shape")
         made = {*self.inputs, *self.constants}
         for node in self.nodes:
             for name in node.inputs:

@@ -339,8 +339,10 @@ class TestRefused:
         with pytest.raises(BundleError, match=r"copy\.fuse is refused"):
             fe.load(path, threads=1)
 
-    def test_a_network_that_the_runtime_refuses(self, path, capfd):
+    @pytest.mark.parametrize("size", [SIZE, None])
+    def test_a_network_that_the_runtime_refuses(self, path, capfd, size):
         def change(manifest, members):
+            manifest["engine"]["size"] = size and list(size)
             for name in members:
                 if name.startswith("networks/"):
                     members[name] = members[name].replace(b"Conv", b"Cons")

@@ -262,6 +262,7 @@ class TestRefused:
             (lambda m, x: m["engine"]["program"].update(multiple=0), "multiple = 0"),
             (lambda m, x: m["engine"]["program"].update(padding="black"), "padding 'black'"),
             (lambda m, x: m["engine"]["program"].update(output="x"), "never made"),
+            (lambda m, x: m["engine"]["program"]["values"].pop("level"), "have no shape"),
             (lambda m, x: m["engine"]["program"]["nodes"].reverse(), "before it is made"),
             (lambda m, x: m["buffers"].update(bytes=10**15), "the program's values take"),
             (lambda m, x: m["networks"][0].update(file="x"), r"networks\[0\]"),
