@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fuseengine as fe
+from fuseengine.backends import openvino
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -354,10 +355,9 @@ def openvino_peer(path: Path, a: Floats, b: Floats, threads: int, precision: str
         RuntimeError: the processor does not compute in the precision.
     """
     need("openvino")
-    import openvino
     from openvino import properties
 
-    core = openvino.Core()
+    core = openvino.core()
     offered = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if precision != "f32" and precision.upper() not in offered:
         raise RuntimeError(f"this processor has no {precision}")

@@ -18,7 +18,7 @@ from onnx import helper
 
 from fuseengine.demo import demo_pair
 from fuseengine.engine import build_executor
-from fuseengine.errors import SettingError
+from fuseengine.errors import CompileError, SettingError
 from fuseengine.export.graph import fixed, opset_of, split_attention
 from fuseengine.export.typed import TypeCount, check_names, count_types, emulated, typed
 from fuseengine.export.whole import INPUTS, noise_for, whole_to_onnx
@@ -331,8 +331,8 @@ class _Networks:
         return emulated(self.networks[variant]).SerializeToString()
 
     def module(self, variant: StageVariant) -> Any:
-        """There is none: ONNX Runtime needs none."""
-        raise NotImplementedError
+        """There is none, and the one backend that these networks are checked in needs none."""
+        raise CompileError(f"{variant.label} is here as ONNX alone; expected backend 'onnxruntime'")
 
 
 def _run_staged(

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-from fuseengine.backends import BACKENDS, Backend
+from fuseengine.backends import BACKENDS, Backend, openvino
 from fuseengine.cache import cache_folder
 from fuseengine.machine import Machine, version_tuple
 
@@ -293,7 +293,7 @@ _ASK: dict[str, Callable[[Any], str]] = {
     "torch": _ask_torch,
     "cupy": _ask_cupy,
     "onnxruntime": lambda library: f"providers {', '.join(library.get_available_providers())}",
-    "openvino": lambda library: f"devices {', '.join(library.Core().available_devices)}",
+    "openvino": lambda _: f"devices {', '.join(openvino.core().available_devices)}",
 }
 
 

@@ -15,6 +15,7 @@ bounds and tables are smoothed over time; each object belongs to one camera. No 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -38,7 +39,7 @@ class GainControl(Protocol):
         """Forget the frames before, as after a cut."""
 
 
-class _Table:
+class _Table(ABC):
     """A gain control that is one table for the whole frame, smoothed over time."""
 
     def __init__(self, smoothing: float) -> None:
@@ -46,17 +47,17 @@ class _Table:
             raise SettingError(f"smoothing={smoothing}; expected 0 (none) to below 1")
         self.smoothing = smoothing
 
+    @abstractmethod
     def reset(self) -> None:
         """Forget the frames before, as after a cut."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self, counts: Counts) -> NDArray[np.float32]:
         """What each count means in this frame: (256,) or (65536,) float32 in [0, 1].
 
         Raises:
             FrameError: counts of another shape or dtype.
         """
-        raise NotImplementedError
 
     def __call__(
         self, counts: Counts, out: NDArray[np.float32] | None = None

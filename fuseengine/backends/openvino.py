@@ -46,12 +46,11 @@ class OpenVinoBackend(Backend):
         """Compile the ONNX model for fixed shapes."""
         from openvino import properties
 
-        core = _core()
-        model = core.read_model(source.onnx(variant, network_kind(precision)))
+        model = core().read_model(source.onnx(variant, network_kind(precision)))
         model.reshape(
             {value.any_name: list(s) for value, s in zip(model.inputs, shapes, strict=True)}
         )
-        compiled = core.compile_model(
+        compiled = core().compile_model(
             model,
             "CPU",
             {
@@ -88,7 +87,13 @@ class _Runner:
 
 
 @cache
-def _core() -> Any:
+def core() -> Any:
+    """The process's one ``openvino.Core``.
+
+    The CPU plugin of each gives the thread an alternate signal stack, and puts back the one before
+    when it goes. Of two that overlap the second puts back the first's, which is gone by then: the
+    next signal that Python handles, such as Ctrl-C, ends the process (seen with 2026.4).
+    """
     import openvino
 
     return openvino.Core()
@@ -96,4 +101,4 @@ def _core() -> Any:
 
 @cache
 def _capabilities() -> tuple[str, ...]:
-    return tuple(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return tuple(core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))

@@ -44,6 +44,25 @@ def difference_correlation(fused: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (2.0 - correlation(fused - b, a) - correlation(fused - a, b)).mean()
 
 
+def lost_sharpness(fused: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """How far the spatial frequency stays below that of the stronger edges of both, relative.
+
+    ``max(0, 1 - SF(f) / SF(a, b))``; SF (Eskicioglu and Fisher 1995) is the root mean square of the
+    differences between neighbours, here of each pixel pair's larger one of the sources. L1 terms
+    take the median of what an edge might be, which is a softer edge.
+    """
+
+    def squares(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.diff(dim=2).square(), x.diff(dim=3).square()
+
+    def frequency(rows: Tensor, columns: Tensor) -> Tensor:
+        return (rows.mean(dim=(1, 2, 3)) + columns.mean(dim=(1, 2, 3)) + 1e-8).sqrt()
+
+    (rows_a, columns_a), (rows_b, columns_b) = squares(a), squares(b)
+    wanted = frequency(torch.maximum(rows_a, rows_b), torch.maximum(columns_a, columns_b))
+    return F.relu(1.0 - frequency(*squares(fused)) / wanted).mean()
+
+
 def correlation(x: Tensor, y: Tensor, floor: float = 1e-6) -> Tensor:
     """Pearson correlation per picture, (N,); the floor (a variance) keeps flat patches finite."""
     x = x - x.mean(dim=(1, 2, 3), keepdim=True)
@@ -117,3 +136,12 @@ def to_ycbcr(x: Tensor) -> tuple[Tensor, Tensor]:
     red, green, blue = x[:, :1], x[:, 1:2], x[:, 2:3]
     y = 0.299 * red + 0.587 * green + 0.114 * blue
     return y, torch.cat([(blue - y) / 1.772, (red - y) / 1.402], dim=1)
+
+
+def stronger_chroma(chroma_a: Tensor, chroma_b: Tensor) -> Tensor:
+    """The chroma (N, 2, H, W) of the source that has more of it; b's where both are equal.
+
+    PET and SPECT keep their colours so; of grey infrared and a colour picture it is the picture's.
+    """
+    stronger = chroma_a.abs().sum(1, keepdim=True) > chroma_b.abs().sum(1, keepdim=True)
+    return torch.where(stronger, chroma_a, chroma_b)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ _KNOWN = (
 )
 
 
-class Source:
+class Source(ABC):
     """Frames, one after the other. Read by one thread at a time.
 
     Attributes:
@@ -60,19 +61,19 @@ class Source:
         """Say who hears of its events, and which camera it is."""
         self._camera, self._listener = camera, listener
 
+    @abstractmethod
     def read(self) -> CameraFrame | None:
         """Wait for the next frame; None at the end, and after :meth:`stop`.
 
         Raises:
             FuseEngineError: reading failed for good.
         """
-        raise NotImplementedError
 
     def stop(self) -> None:
         """Make a read that waits return None soon; may be called by any thread."""
         self._stopped.set()
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - many sources hold nothing
         """Give back what it holds. Called by the thread that reads."""
 
     def report(self, kind: Kind, message: str) -> None:
@@ -151,21 +152,21 @@ class Reconnecting(Source):
     first_pause_s = 0.5
     longest_pause_s = 8.0
 
+    @abstractmethod
     def grab(self) -> CameraFrame:
         """The next frame.
 
         Raises:
             Lost: the source broke off.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def reopen(self) -> None:
         """Open it anew.
 
         Raises:
             SourceError: it cannot be opened now.
         """
-        raise NotImplementedError
 
     def read(self) -> CameraFrame | None:  # noqa: D102
         while not self._stopped.is_set():

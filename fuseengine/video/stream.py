@@ -147,7 +147,9 @@ class Stream:
         self.engine = engine
         self.deadline_ms, self.strict, self.queue = deadline_ms, strict, queue
         self.tolerance_ms, self.offset_ms, self.stall_s = tolerance_ms, offset_ms, stall_s
-        self._prepare = (prepare_infrared or self._plain, prepare_visible or self._plain)
+        # Gain control works on counts, whatever the engine takes.
+        plain_infrared = self._plain if thermal is None else CameraFrame.luma
+        self._prepare = (prepare_infrared or plain_infrared, prepare_visible or self._plain)
         self._own_visible = prepare_visible is None and alignment is None
         self._own_sizes = prepare_infrared is None and prepare_visible is None
         self.thermal, self.alignment, self.resize = thermal, alignment, resize

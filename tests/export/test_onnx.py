@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fuseengine.backends import openvino
 from fuseengine.errors import CompileError
 from fuseengine.export.onnx import OPSET, UnsupportedLayerError, stage_to_onnx
 from fuseengine.models.dmfuse import FeatureEncoder, Join, Projections
@@ -299,8 +300,8 @@ class TestUnknown:
 
 
 def in_openvino(model, x):
-    openvino = pytest.importorskip("openvino")
-    core = openvino.Core()
+    pytest.importorskip("openvino")
+    core = openvino.core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     return core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)([x])[0]
 

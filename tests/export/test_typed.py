@@ -8,6 +8,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from fuseengine.backends import openvino
 from fuseengine.errors import CompileError, UnknownNameError
 from fuseengine.export.graph import fixed, infer, opset_of
 from fuseengine.export.onnx import OnnxWriter
@@ -401,7 +402,8 @@ def test_system(name):
 @pytest.mark.parametrize("name", ["drfusion-s", "dmnet-s"])
 def test_bf16_in_openvino(name):
     """A runtime that reads bfloat16 models agrees with the emulation."""
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
+    core = openvino.core()
     model = system(name)
     program = capture(model)
     stages = ModelStages(model, program)
@@ -409,7 +411,6 @@ def test_bf16_in_openvino(name):
         network = onnx.load_from_string(stages.onnx(variant))
         feeds = inputs_of(network, model.multiple)
         made = typed(network, "bf16")
-        core = openvino.Core()
         read = core.read_model(made.SerializeToString())
         compiled = core.compile_model(read, "CPU", {"INFERENCE_NUM_THREADS": 1})
         results = compiled([feeds[value.name] for value in made.graph.input])

@@ -39,6 +39,25 @@ class TestEdges:
         expected = losses.edge_strength(x).mean() / 2
         assert losses.strongest_edges(x / 2, flat, x) == pytest.approx(float(expected), rel=1e-5)
 
+    def test_lost_sharpness(self):
+        x = torch.arange(8.0)[None, None, None].expand(2, 1, 6, 8) * 0.05
+        down, flat = x[..., :6].transpose(2, 3), torch.full((2, 1, 6, 6), 0.5)
+        assert losses.lost_sharpness(1 - x, x, torch.zeros_like(x)) == 0
+        assert losses.lost_sharpness(2 * x, x, x) == 0  # more is no loss
+        assert losses.lost_sharpness(x / 4, x, x / 2) == pytest.approx(0.75, abs=1e-4)
+        # What both have, across and down: sqrt(2) of what one has.
+        assert losses.lost_sharpness(x[..., :6], x[..., :6], down) == pytest.approx(
+            1 - 0.5**0.5, abs=1e-4
+        )
+        assert losses.lost_sharpness(flat, flat, flat) == pytest.approx(0, abs=1e-6)
+
+    def test_stronger_chroma(self):
+        grey, colour = torch.zeros(1, 2, 3, 3), torch.full((1, 2, 3, 3), -0.2)
+        assert torch.equal(losses.stronger_chroma(grey, colour), colour)
+        assert torch.equal(losses.stronger_chroma(colour, grey), colour)
+        swapped = colour.flip(1) * -1
+        assert torch.equal(losses.stronger_chroma(swapped, colour), colour)
+
 
 class TestSSIM:
     def test_one_window(self):
@@ -122,5 +141,6 @@ def test_gradients_of_edges_and_colour_planes():
     a, b = (p.double()[:, :, :6, :6] for p in picture_pair((20, 28)))
     fused = (0.3 * a + 0.6 * b + 0.01).requires_grad_()
     assert torch.autograd.gradcheck(lambda f: losses.strongest_edges(f, a, b), (fused,))
+    assert torch.autograd.gradcheck(lambda f: losses.lost_sharpness(f, a, b), (fused,))
     x = colours(batch=1, size=(6, 6)).double().requires_grad_()
     assert torch.autograd.gradcheck(losses.to_ycbcr, (x,))

@@ -295,6 +295,13 @@ class TestFormats:
             assert engine.seen[0] == ((24, 32), np.float32, (24, 32, 3))
             assert (frames[0].format, frames[0].size) == ("rgb24", (24, 32))
 
+    def test_gain_of_coloured_frames_for_a_colour_engine(self):
+        """An infrared recording is YUV or RGB as any other: its luma is what gain control sees."""
+        for infrared in (self.nv12(2), numbered(2)):
+            engine = SleepingEngine(channels="rgb")
+            list(Stream(engine, thermal=ThermalInput()).run(infrared, numbered(2)))
+            assert engine.seen[0] == (SIZE, np.float32, (*SIZE, 3))
+
     def test_a_rig_of_other_cameras(self):
         stream = Stream(SleepingEngine(), alignment=Alignment(Rig.of_same_view((9, 9), SIZE)))
         with pytest.raises(SizeMismatchError, match=r"expected 9x9 and .*the rig was calibrated"):

@@ -23,11 +23,13 @@ class ExtraWeights:
     Attributes:
         selection: :func:`losses.gradient_selection`.
         correlation: :func:`losses.difference_correlation`.
+        sharpness: :func:`losses.lost_sharpness`.
         range: :func:`losses.out_of_range`; for heads that are not bounded by themselves.
     """
 
     selection: float = 0.0
     correlation: float = 0.0
+    sharpness: float = 0.0
     range: float = 0.0
 
     def terms(self, fused: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -37,9 +39,45 @@ class ExtraWeights:
             made["selection"] = self.selection * losses.gradient_selection(fused, a, b)
         if self.correlation:
             made["correlation"] = self.correlation * losses.difference_correlation(fused, a, b)
+        if self.sharpness:
+            made["sharpness"] = self.sharpness * losses.lost_sharpness(fused, a, b)
         if self.range:
             made["range"] = self.range * losses.out_of_range(fused)
         return made
+
+
+@dataclass(frozen=True)
+class ColourFusionWeights:
+    """Weights of this project's terms on fused colour pictures; Y is luma, C chroma.
+
+    Attributes:
+        gradient: :func:`losses.gradient_selection` of Y.
+        correlation: :func:`losses.difference_correlation` of Y.
+        brightest: :func:`losses.brightest` of Y.
+        chroma: |C - :func:`losses.stronger_chroma`|, summed over both.
+        sharpness: :func:`losses.lost_sharpness` of Y.
+        range: :func:`losses.out_of_range`.
+    """
+
+    gradient: float = 0.4
+    correlation: float = 0.2
+    brightest: float = 0.3
+    chroma: float = 2.0
+    sharpness: float = 0.2
+    range: float = 5.0
+
+    def terms(self, fused: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        """The weighted terms, for (N, 3, H, W) in [0, 1]; fused may lie outside."""
+        (y, chroma), (y_a, chroma_a), (y_b, chroma_b) = map(losses.to_ycbcr, (fused, a, b))
+        wanted = losses.stronger_chroma(chroma_a, chroma_b)
+        return {
+            "gradient": self.gradient * losses.gradient_selection(y, y_a, y_b),
+            "correlation": self.correlation * losses.difference_correlation(y, y_a, y_b),
+            "brightest": self.brightest * losses.brightest(y, y_a, y_b),
+            "chroma": self.chroma * (chroma - wanted).abs().sum(1).mean(),
+            "sharpness": self.sharpness * losses.lost_sharpness(y, y_a, y_b),
+            "range": self.range * losses.out_of_range(fused),
+        }
 
 
 class Recipe(ABC):

@@ -19,7 +19,12 @@ from fuseengine.models.sampling import Step, diffuse, predict_x0
 from fuseengine.training import losses
 from fuseengine.training.degradations import OF_MODALITY, degrade_some_of, gaussian_blur
 from fuseengine.training.diffusion import antithetic_timesteps, normal, sqrt_abar
-from fuseengine.training.recipes.base import ExtraWeights, Recipe, zero_head
+from fuseengine.training.recipes.base import (
+    ColourFusionWeights,
+    ExtraWeights,
+    Recipe,
+    zero_head,
+)
 
 _Network = Literal["infrared", "visible"]
 _NETWORKS: tuple[_Network, ...] = ("infrared", "visible")
@@ -224,8 +229,7 @@ class DRMFFusion(Recipe):
         """The fusion loss's terms of one step, unweighted; see :class:`DRMFWeights`."""
         y, chroma = losses.to_ycbcr(fused)
         (y_a, chroma_a), (y_b, chroma_b) = (losses.to_ycbcr(x) for x in pictures)
-        stronger = chroma_a.abs().sum(1, keepdim=True) > chroma_b.abs().sum(1, keepdim=True)
-        wanted = torch.where(stronger, chroma_a, chroma_b)
+        wanted = losses.stronger_chroma(chroma_a, chroma_b)
         edges, edges_a = losses.edge_strength(y), losses.edge_strength(y_a)
         return {
             "brightest": scale * losses.brightest(y, y_a, y_b),
@@ -244,25 +248,6 @@ class DRMFFusion(Recipe):
         return [*pictures, model(*pictures), *seen, model(*seen)]
 
 
-@dataclass(frozen=True)
-class DRMFRefinementWeights:
-    """Weights of the terms on the last step's composition; Y is luma, C chroma.
-
-    Attributes:
-        gradient: :func:`losses.gradient_selection` of Y.
-        correlation: :func:`losses.difference_correlation` of Y.
-        brightest: :func:`losses.brightest` of Y.
-        chroma: |C - the C of the source that has more of it|, summed over both.
-        range: :func:`losses.out_of_range`.
-    """
-
-    gradient: float = 0.4
-    correlation: float = 0.2
-    brightest: float = 0.3
-    chroma: float = 2.0
-    range: float = 5.0
-
-
 class DRMFRefinement(Recipe):
     """The restoration networks learn what the last step's composition should be. Not in the paper.
 
@@ -276,7 +261,7 @@ class DRMFRefinement(Recipe):
 
     stage = "refinement"
     augment = True
-    default = DRMFRefinementWeights()
+    default = ColourFusionWeights()
 
     def __init__(self, weights: Mapping[str, float] | None = None, *, chance: float = 0.1) -> None:
         super().__init__(weights)
@@ -299,16 +284,8 @@ class DRMFRefinement(Recipe):
         seen_a, seen_b = _degraded(model, pictures, generator, self.chance)
         noise = {"x_T": normal(a, generator)}
         fused = self.last_step(model, seen_a, seen_b, noise) * 0.5 + 0.5
-        (y, chroma), (y_a, chroma_a), (y_b, chroma_b) = map(losses.to_ycbcr, (fused, a, b))
-        stronger = chroma_a.abs().sum(1, keepdim=True) > chroma_b.abs().sum(1, keepdim=True)
-        wanted, w = torch.where(stronger, chroma_a, chroma_b), self.weights
-        return {
-            "gradient": w.gradient * losses.gradient_selection(y, y_a, y_b),
-            "correlation": w.correlation * losses.difference_correlation(y, y_a, y_b),
-            "brightest": w.brightest * losses.brightest(y, y_a, y_b),
-            "chroma": w.chroma * (chroma - wanted).abs().sum(1).mean(),
-            "range": w.range * losses.out_of_range(fused),
-        }
+        terms: dict[str, Tensor] = self.weights.terms(fused, a, b)
+        return terms
 
     @staticmethod
     def last_step(model: DRMF, a: Tensor, b: Tensor, noise: Mapping[str, Tensor]) -> Tensor:

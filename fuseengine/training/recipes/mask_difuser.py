@@ -20,7 +20,7 @@ from fuseengine.training.degradations import MASKED, degrade_one_of
 from fuseengine.training.diffusion import antithetic_timesteps, normal, sqrt_abar
 from fuseengine.training.masking import dual_mask, exposure_pair, focus_pair
 from fuseengine.training.perceptual import perceptual_loss
-from fuseengine.training.recipes.base import Recipe, zero_head
+from fuseengine.training.recipes.base import ColourFusionWeights, Recipe, zero_head
 
 
 @dataclass(frozen=True)
@@ -122,23 +122,13 @@ class MaskDiFuserRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class MaskDiFuserPairWeights:
-    """Weights of the terms on registered pairs; Y is luma, C chroma.
+class MaskDiFuserPairWeights(ColourFusionWeights):
+    """Weights of the terms on registered pairs, and on pairs made from one picture.
 
     Attributes:
-        gradient: :func:`losses.gradient_selection` of Y.
-        correlation: :func:`losses.difference_correlation` of Y.
-        brightest: :func:`losses.brightest` of Y.
-        chroma: |C - the C of the source that has more of it|, summed over both.
-        range: :func:`losses.out_of_range`.
         known: |x_0 - x| where the answer is known: pairs made from one picture.
     """
 
-    gradient: float = 0.4
-    correlation: float = 0.2
-    brightest: float = 0.3
-    chroma: float = 2.0
-    range: float = 5.0
     known: float = 2.0
 
 
@@ -169,16 +159,10 @@ class MaskDiFuserPairs(Recipe):
         made_a, made_b = self.known_pair(b, generator)
         fused = self.estimate(model, torch.cat([a, made_a]), torch.cat([b, made_b]), generator)
         pair, known = fused.chunk(2)
-        (y, chroma), (y_a, chroma_a), (y_b, chroma_b) = map(losses.to_ycbcr, (pair, a, b))
-        stronger = chroma_a.abs().sum(1, keepdim=True) > chroma_b.abs().sum(1, keepdim=True)
-        wanted = torch.where(stronger, chroma_a, chroma_b)
         w = self.weights
         return {
-            "gradient": w.gradient * losses.gradient_selection(y, y_a, y_b),
-            "correlation": w.correlation * losses.difference_correlation(y, y_a, y_b),
-            "brightest": w.brightest * losses.brightest(y, y_a, y_b),
-            "chroma": w.chroma * (chroma - wanted).abs().sum(1).mean(),
-            "range": w.range * losses.out_of_range(fused),
+            **w.terms(pair, a, b),
+            "range": w.range * losses.out_of_range(fused),  # of both halves
             "known": w.known * (known - b).abs().mean(),
         }
 
