@@ -31,7 +31,7 @@ from fuseengine.runtime.executor import CpuDevice, Executor
 from fuseengine.search import Settings, check_pairs, picture_errors, reference_pictures
 from fuseengine.stages import ModelStages
 from fuseengine.targets import Target
-from fuseengine.tracing import capture
+from fuseengine.tracing import capture, capture_resumed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,6 +73,7 @@ def compile_for(
     max_error: float = 0.1,
     calibration: Sequence[tuple[Any, Any]] | None = None,
     threads: int | None = None,
+    resumed_steps: int | None = None,
 ) -> Written:
     """Write a bundle for a GPU, with none present.
 
@@ -87,6 +88,8 @@ def compile_for(
         max_error: largest absolute difference allowed there.
         calibration: pairs of frames for int8; the demo pair and variations of it by default.
         threads: CPU threads for checking.
+        resumed_steps: also hold a program of so many steps for a video's frames that start from
+            the one before; 0: as many as the model says are enough.
 
     Returns:
         What was written.
@@ -107,6 +110,9 @@ def compile_for(
         target.peak(precision)  # refuses what the device does not compute in
     program = capture(model)
     stages = ModelStages(model, program)
+    resumed = None
+    if resumed_steps is not None:
+        resumed = capture_resumed(model, program, resumed_steps)
     settings = Settings(
         size, "cpu", precision, "tensorrt", "quick", guard_db, max_error,
         threads or available_threads(),
@@ -117,24 +123,28 @@ def compile_for(
     with tempfile.TemporaryDirectory() as folder:
         bundle.write(
             path,
-            _description(program, settings, chosen),
+            _description(program, settings, chosen, resumed),
             networks,
             target=BuiltFor(target.name, target.title, int(target.sm)),
-            kernels=_kernels(program, size, int(target.sm), Path(folder)),
+            kernels=_kernels(program, resumed, size, int(target.sm), Path(folder)),
             verified=verified,
             not_verified=not_verified,
         )
     return Written(Path(path), program, stages, chosen, tuple(verified), tuple(not_verified))
 
 
-def _kernels(program: Program, size: tuple[int, int], capability: int, folder: Path) -> Store:
+def _kernels(
+    program: Program, resumed: Program | None, size: tuple[int, int], capability: int, folder: Path
+) -> Store:
     from fuseengine.kernels import recording
 
-    recording.write(program, size, folder, (capability,), ptx=False)
+    recording.write(program, size, folder, (capability,), ptx=False, resumed=resumed)
     return Store.load(folder)
 
 
-def _description(program: Program, settings: Settings, precision: str) -> Description:
+def _description(
+    program: Program, settings: Settings, precision: str, resumed: Program | None
+) -> Description:
     choice = dict.fromkeys(program.variants(), ("tensorrt", precision))
     report = Report(
         model=program.model,
@@ -148,7 +158,7 @@ def _description(program: Program, settings: Settings, precision: str) -> Descri
         seconds=0.0,
         threads=settings.threads,
     )
-    return Description(program, choice, report, settings.size, "cuda")
+    return Description(program, choice, report, settings.size, "cuda", resumed)
 
 
 def _words(

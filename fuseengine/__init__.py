@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fuseengine.program import Program
     from fuseengine.runtime.images import read_image, write_image
     from fuseengine.saved_engine import load
+    from fuseengine.temporal import Memory
     from fuseengine.tracing import capture
     from fuseengine.video.sinks import open_sink
     from fuseengine.video.sources import open_source
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Engine": "engine",
     "FusionModel": "models.base",
+    "Memory": "temporal",
     "Program": "program",
     "Stream": "video.stream",
     "build": "models.registry",
@@ -58,6 +60,7 @@ __all__ = [
     "Engine",
     "FuseEngineError",
     "FusionModel",
+    "Memory",
     "Program",
     "Stream",
     "build",

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fuseengine import cache
-from fuseengine.description import Choice, Description, variant_from_dict, variant_to_dict
+from fuseengine.description import Description, variant_from_dict, variant_to_dict
 from fuseengine.engine import Engine
 from fuseengine.errors import BundleError, CacheError, CaptureError, UnknownNameError
 from fuseengine.program import Program
-from fuseengine.report import Report
 from fuseengine.runtime import tensors
 from fuseengine.search import Settings
 from fuseengine.stages import CachedStages, ModelStages
@@ -60,22 +59,14 @@ def content_key(program: Program, stages: ModelStages, settings: Settings) -> st
     return cache.key_of({"content": content, **vars(settings)})
 
 
-def store(
-    key: str,
-    settings: Settings,
-    program: Program,
-    stages: ModelStages,
-    choice: Choice,
-    report: Report,
-) -> None:
+def store(key: str, description: Description, stages: ModelStages) -> None:
     """Write an entry; a cache that cannot be written is a warning, not an error."""
-    description = Description(program, choice, report, settings.size, settings.device).to_dict()
     networks = []
-    files = {"constants.safetensors": tensors.pack(program.constants)}
-    for index, (variant, kind, content) in enumerate(stages.networks(choice)):
+    files = {"constants.safetensors": tensors.pack(description.constants)}
+    for index, (variant, kind, content) in enumerate(stages.networks(description.choice)):
         files[f"{index}.onnx"] = content
         networks.append({**variant_to_dict(variant), "kind": kind, "file": f"{index}.onnx"})
-    files["engine.json"] = json.dumps({**description, "networks": networks}).encode()
+    files["engine.json"] = json.dumps({**description.to_dict(), "networks": networks}).encode()
     try:
         cache.store(key, files)
     except CacheError as error:
@@ -120,4 +111,5 @@ def load(key: str, settings: Settings, make: Callable[[], nn.Module]) -> Engine 
         size=settings.size,
         device=settings.device,
         threads=settings.threads,
+        resumed=description.resumed,
     )

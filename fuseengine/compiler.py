@@ -16,6 +16,7 @@ import numpy as np
 from fuseengine import cached_engine
 from fuseengine.backends import BACKENDS, get_backend
 from fuseengine.cache import fingerprint
+from fuseengine.description import Description
 from fuseengine.engine import Engine, available_threads
 from fuseengine.errors import (
     BackendUnavailableError,
@@ -35,6 +36,7 @@ log = logging.getLogger("fuseengine")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16", "int8")
 DEVICES = ("auto", "cpu", "cuda")
 EFFORTS = ("quick", "full")
+TEMPORAL = ("warm",)
 
 
 def compile(
@@ -51,6 +53,8 @@ def compile(
     calibration: Sequence[tuple[Any, Any]] | None = None,
     threads: int | None = None,
     portable: bool = False,
+    temporal: str | None = None,
+    warm_steps: int | None = None,
     cache: bool = True,
 ) -> Engine:
     """Turn a fusion model into an engine.
@@ -83,6 +87,10 @@ def compile(
             of it, which know one scene.
         threads: CPU threads; all that this process may use by default.
         portable: choose among what :meth:`Engine.save` can write: no stage runs on PyTorch.
+        temporal: "warm": for video. The engine also holds a program with fewer sampling steps for
+            a frame that starts from what the one before became; see
+            :class:`fuseengine.Memory`.
+        warm_steps: how many steps that are; by default what the model says is enough.
         cache: whether to look into and fill the cache of compiled engines.
 
     Returns:
@@ -94,10 +102,17 @@ def compile(
         CaptureError: the model's forward cannot be captured.
         CompileError: nothing could lower the model, or what was asked for misses the guard.
         FrameError: a calibration pair or an example cannot be used.
+        SettingError: a setting outside what is allowed; temporal="warm" of a model whose sampling
+            cannot start from a picture.
     """
     begin = time.perf_counter()
     settings = _resolve(size, device, precision, backend, effort, guard_db, max_error, threads)
-    settings = replace(settings, calibration=_calibration_key(calibration), portable=portable)
+    settings = replace(
+        settings,
+        calibration=_calibration_key(calibration),
+        portable=portable,
+        resumed_steps=resumed_steps(temporal, warm_steps),
+    )
     if portable and backend in BACKENDS and BACKENDS[backend].needs_module:
         raise SettingError(
             f"backend={backend!r}: it runs the PyTorch module, which no bundle holds; expected "
@@ -133,11 +148,13 @@ def compile(
         if found is not None:
             return _timed(found, begin)
         usable = bool(key)
+    resumed = _resumed(model, program, settings)
     choice, report, executor = search(
         program, stages, settings, check_pairs(program, settings, examples), calibration
     )
     if usable:
-        cached_engine.store(key, settings, program, stages, choice, report)
+        description = Description(program, choice, report, settings.size, settings.device, resumed)
+        cached_engine.store(key, description, stages)
     engine = Engine(
         program,
         stages,
@@ -147,8 +164,26 @@ def compile(
         device=settings.device,
         threads=settings.threads,
         ready=executor,
+        resumed=resumed,
     )
     return _timed(engine, begin)
+
+
+def resumed_steps(temporal: str | None, warm_steps: int | None) -> int | None:
+    """What ``Settings.resumed_steps`` are, of what :func:`compile` is given.
+
+    Raises:
+        UnknownNameError, SettingError: it cannot be used.
+    """
+    if temporal is None:
+        if warm_steps is not None:
+            raise SettingError(f"warm_steps={warm_steps} without temporal; give temporal='warm'")
+        return None
+    if temporal not in TEMPORAL:
+        raise UnknownNameError("temporal", temporal, TEMPORAL)
+    if warm_steps is not None and warm_steps < 1:
+        raise SettingError(f"warm_steps={warm_steps}; expected 1 or more")
+    return warm_steps or 0
 
 
 def _timed(engine: Engine, begin: float) -> Engine:
@@ -243,6 +278,14 @@ def _need_torch(name: str) -> None:
             f"compiling {name!r} needs PyTorch, which is not installed (its engine is not in the "
             "cache either); install it with: pip install 'fuseengine[compile]'"
         ) from error
+
+
+def _resumed(model: nn.Module, program: Program, settings: Settings) -> Program | None:
+    if settings.resumed_steps is None:
+        return None
+    from fuseengine.tracing import capture_resumed
+
+    return capture_resumed(model, program, settings.resumed_steps)
 
 
 def _captured(model: nn.Module) -> tuple[Program, ModelStages]:

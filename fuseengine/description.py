@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fuseengine.errors import CaptureError
 from fuseengine.program import Program, StageVariant
 from fuseengine.report import Report
 
@@ -26,6 +27,8 @@ class Description:
         report: what compile() tried and chose.
         size: (height, width) of the frames it takes, or None for any.
         device: "cpu" or "cuda".
+        resumed: the program for a frame that starts from the one before; its values have names of
+            their own, its stages are the other program's.
     """
 
     program: Program
@@ -33,10 +36,21 @@ class Description:
     report: Report
     size: tuple[int, int] | None
     device: str
+    resumed: Program | None = None
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The program, and the resumed one where there is one."""
+        return (self.program,) if self.resumed is None else (self.program, self.resumed)
+
+    @property
+    def constants(self) -> dict[str, NDArray[np.float32]]:
+        """All programs' constants by name."""
+        return {name: a for program in self.programs for name, a in program.constants.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, all but the constants' values."""
-        return {
+        data = {
             "program": self.program.to_dict(),
             "choice": [
                 {**variant_to_dict(variant), "backend": backend, "precision": precision}
@@ -46,6 +60,9 @@ class Description:
             "size": None if self.size is None else list(self.size),
             "device": self.device,
         }
+        if self.resumed is not None:
+            data["resumed"] = self.resumed.to_dict()
+        return data
 
     @classmethod
     def from_dict(
@@ -58,6 +75,10 @@ class Description:
             KeyError, TypeError, ValueError: other data than :meth:`to_dict` gives.
         """
         program = Program.from_dict(data["program"], constants)
+        resumed = None
+        if "resumed" in data:
+            resumed = Program.from_dict(data["resumed"], constants)
+            check_resumed(program, resumed)
         choice = {
             variant_from_dict(entry): (str(entry["backend"]), str(entry["precision"]))
             for entry in data["choice"]
@@ -72,7 +93,26 @@ class Description:
             Report.from_dict(data["report"]),
             None if size is None else (int(size[0]), int(size[1])),
             str(data["device"]),
+            resumed,
         )
+
+
+def check_resumed(program: Program, resumed: Program) -> None:
+    """Raise CaptureError unless a program can go on from what the other one made."""
+    if len(program.inputs) != 2 or len(resumed.inputs) != 3:
+        raise CaptureError(
+            f"programs of {len(program.inputs)} and {len(resumed.inputs)} inputs; expected 2 and 3"
+        )
+    shapes = {resumed.values[name].shape for name in (*resumed.inputs, resumed.output)}
+    shapes |= {program.values[name].shape for name in (*program.inputs, program.output)}
+    if len(shapes) > 1:
+        raise CaptureError(f"the pictures of both programs have the shapes {shapes}; expected one")
+    own, borrowed = program.variants(), resumed.variants()
+    for variant, calls in borrowed.items():
+        wanted = [resumed.values[name].shape for name in calls[0].inputs]
+        found = own.get(variant)
+        if not found or [program.values[name].shape for name in found[0].inputs] != wanted:
+            raise CaptureError(f"the stage {variant.label} of shapes {wanted} is only resumed")
 
 
 def variant_to_dict(variant: StageVariant) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from fuseengine.report import Profile, Report
 from fuseengine.runtime import gpu_frames
 from fuseengine.runtime.executor import CpuDevice, Device, Executor, StageRunner
 from fuseengine.runtime.frames import FrameAdapter, prepare_pair
+from fuseengine.temporal import Memory
 
 _SIZES_KEPT = 4
 """Executors that an engine without a fixed size keeps."""
@@ -33,6 +35,7 @@ class Engine:
     Attributes:
         program: the captured model; prints readably.
         report: what compile() tried and chose; prints as a table.
+        resumed: the program of a frame that starts from the one before; None: there is none.
         size: (height, width) of the frames it takes, or None: it specialises itself to each size.
         device: "cpu" or "cuda".
     """
@@ -48,12 +51,14 @@ class Engine:
         device: str,
         threads: int,
         ready: Executor | None = None,
+        resumed: Program | None = None,
     ) -> None:
-        self.program, self.report = program, report
+        self.program, self.report, self.resumed = program, report, resumed
         self.size, self.device, self.threads = size, device, threads
         self._source, self._choice = source, dict(choice)
         self._plans: OrderedDict[tuple[int, int], tuple[FrameAdapter, Executor]] = OrderedDict()
         self._ready = ready
+        self._resumed: WeakKeyDictionary[Executor, Executor] = WeakKeyDictionary()
         self._lock = threading.Lock()
         if size is not None:
             self._plan(size)
@@ -66,6 +71,7 @@ class Engine:
         out: Any | None = None,
         resize: Literal["infrared"] | None = None,
         infrared_range: tuple[float, float] | Literal["minmax"] | None = None,
+        memory: Memory | None = None,
     ) -> Any:
         """Fuse one pair, or a batch of pairs.
 
@@ -80,6 +86,8 @@ class Engine:
                 default every call gives a new array that the caller owns.
             resize: "infrared" resamples the infrared frame to the visible frame's size.
             infrared_range: (lo, hi) or "minmax": what maps to 0..1, for thermal counts.
+            memory: what the frames before became, for an engine compiled with temporal="warm"; a
+                batch is then a piece of the video. On a GPU it takes frames of the host.
 
         Returns:
             The fused frame in the kind, shape and dtype of the visible one; a luma model keeps the
@@ -88,9 +96,19 @@ class Engine:
         Raises:
             FrameError: a frame that cannot be used; SizeMismatchError when the two sizes differ or
                 are not the engine's.
+            SettingError: a memory, and the engine was compiled without temporal.
         """
+        if memory is not None and self.resumed is None:
+            raise SettingError(
+                "memory: this engine samples every frame in full; expected one compiled with "
+                "temporal='warm'"
+            )
         on_cupy = self.device != "cpu" and _without_torch(self._source)
-        if on_cupy and (gpu_frames.on_gpu(infrared) or gpu_frames.on_gpu(visible)):
+        if (
+            on_cupy
+            and memory is None
+            and (gpu_frames.on_gpu(infrared) or gpu_frames.on_gpu(visible))
+        ):
             with self._lock:
                 return gpu_frames.fuse(
                     self._checked_plan, infrared, visible, infrared_range=infrared_range, out=out
@@ -101,7 +119,7 @@ class Engine:
             _check_out(out, visible, len(pair))
         with self._lock:
             adapter, executor = self._plan(pair.size)
-            results = [self._fuse(adapter, executor, ir, vis) for ir, vis in pair]
+            results = [self._fuse(adapter, executor, ir, vis, memory) for ir, vis in pair]
         if out is None:
             return pair.restore(results)
         out[...] = pair.restore(results)
@@ -223,10 +241,30 @@ class Engine:
         self._check_size(size)
         return self._plan(size)
 
-    def _fuse(self, adapter: FrameAdapter, executor: Executor, ir: Any, vis: Any) -> Any:
+    def _fuse(
+        self, adapter: FrameAdapter, executor: Executor, ir: Any, vis: Any, memory: Memory | None
+    ) -> Any:
         self._load(adapter, executor, ir, vis)
-        executor.run()
+        if memory is not None:
+            executor = self._next(executor, adapter.size, memory)
+        else:
+            executor.run()
         return self._store(adapter, executor, vis)
+
+    def _next(self, executor: Executor, frame: tuple[int, int], memory: Memory) -> Executor:
+        """Fuse what is loaded as a video's next frame; gives the executor that has the result."""
+        device = executor.device
+        goes_on = memory.goes_on(*map(device.host, executor.inputs))
+        with device.active():
+            if goes_on:
+                if executor not in self._resumed and self.resumed is not None:
+                    self._resumed[executor] = executor.resumed(self.resumed)
+                executor = self._resumed[executor]
+                executor.inputs[2][...] = memory.estimate
+        executor.run()
+        with device.active():
+            memory.keep(executor.output, frame, self.program.padding, device)
+        return executor
 
     def _load(self, adapter: FrameAdapter, executor: Executor, ir: Any, vis: Any) -> None:
         device = executor.device

@@ -65,7 +65,8 @@ class Program:
         model: the model's name, for people.
         channels: "luma" or "rgb".
         multiple: height and width are multiples of this.
-        inputs: names of the two sources' values.
+        inputs: names of the two sources' values; of a program that starts from the fused image
+            of the frame before, a third for that.
         output: name of the fused image's value.
         values: every value by name.
         constants: arrays of the values that are known at compile time.
@@ -77,7 +78,7 @@ class Program:
     model: str
     channels: str
     multiple: int
-    inputs: tuple[str, str]
+    inputs: tuple[str, ...]
     output: str
     values: Mapping[str, Value]
     constants: Mapping[str, NDArray[np.float32]]
@@ -106,6 +107,28 @@ class Program:
             changed,
             values={n: v for n, v in changed.values.items() if n in named},
             constants={n: a for n, a in changed.constants.items() if n in named},
+        )
+
+    def renamed(self, prefix: str) -> Program:
+        """The same with a prefix before every value's name, to stand beside another program."""
+
+        def new(name: str) -> str:
+            return prefix + name
+
+        return replace(
+            self,
+            inputs=tuple(map(new, self.inputs)),
+            output=new(self.output),
+            values={new(n): Value(new(n), v.shape) for n, v in self.values.items()},
+            constants={new(n): array for n, array in self.constants.items()},
+            nodes=tuple(
+                replace(
+                    node,
+                    inputs=tuple(map(new, node.inputs)),
+                    outputs=tuple(None if n is None else new(n) for n in node.outputs),
+                )
+                for node in self.nodes
+            ),
         )
 
     def __str__(self) -> str:
@@ -208,8 +231,10 @@ class Program:
 
     def check(self) -> None:
         """Raise CaptureError unless every value is made once and before it is used."""
-        if len(self.inputs) != 2 or any(name not in self.values for name in self.inputs):
-            raise CaptureError(f"inputs {self.inputs}; expected two values of the program")
+        if len(self.inputs) not in (2, 3) or any(n not in self.values for n in self.inputs):
+            raise CaptureError(
+                f"inputs {self.inputs}; expected two or three of the program's values"
+            )
         unshaped = [name for name in self.constants if name not in self.values]
         if unshaped:
             raise CaptureError(f"the constants {unshaped[:5]} have no shape")

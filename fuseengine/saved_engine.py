@@ -39,7 +39,9 @@ def save(
     if isinstance(source, Bundle) and source.description.choice == choice:
         source.copy(path)  # with the kernels and plans in it
         return
-    description = Description(engine.program, choice, engine.report, engine.size, engine.device)
+    description = Description(
+        engine.program, choice, engine.report, engine.size, engine.device, engine.resumed
+    )
     bundle.write(
         path,
         description,
@@ -170,6 +172,7 @@ def _engine(
         size=description.size,
         device=device,
         threads=threads or available_threads(),
+        resumed=description.resumed,
     )
     # One of any size is tried at a small one: what is malformed is refused here, not later. On a
     # GPU that would build plans for minutes.

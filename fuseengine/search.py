@@ -54,6 +54,8 @@ class Settings:
     """Hash of the calibration frames; empty without any."""
     portable: bool = False
     """Whether backends that need the PyTorch module are left out."""
+    resumed_steps: int | None = None
+    """Steps of a frame that starts from the one before; 0: the model's own choice."""
 
     @property
     def measured(self) -> tuple[int, int]:

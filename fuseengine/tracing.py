@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import fuseengine.kernels as kernels
-from fuseengine.errors import CaptureError
+from fuseengine.description import check_resumed
+from fuseengine.errors import CaptureError, SettingError
 from fuseengine.models.pictures import stretch
 from fuseengine.models.sampling import standard_normal, stream_seed
 from fuseengine.passes import run_passes
@@ -36,19 +37,21 @@ _KEPT = ("placeholder", "output")
 """Kinds of fx nodes that stay although nobody uses their result."""
 
 
-def capture(model: nn.Module, *, optimise: bool = True) -> Program:
+def capture(model: nn.Module, *, optimise: bool = True, resume: int = 0) -> Program:
     """Capture a model as a program.
 
     Args:
         model: a :class:`~fuseengine.models.base.FusionModel`, or any module with
             ``forward(a, b) -> fused``. Without stages it becomes one stage.
         optimise: whether to run the passes of :mod:`fuseengine.passes`.
+        resume: capture ``model.resume(a, b, previous, steps=resume)`` in place of the forward.
 
     Returns:
         The program, for any size that is a multiple of ``program.multiple``.
 
     Raises:
         CaptureError: the forward does something outside stages that a program cannot say.
+        SettingError: the model cannot resume, or not in so many steps.
     """
     stages = tuple(getattr(model, "stages", ()))
     _check(model)
@@ -58,7 +61,7 @@ def capture(model: nn.Module, *, optimise: bool = True) -> Program:
     torch.set_num_threads(1)
     model.eval()
     try:
-        program = _Recorder(model, stages).record()
+        program = _Recorder(model, stages, resume).record()
         if optimise:
             program = run_passes(program, model)
     finally:
@@ -67,6 +70,32 @@ def capture(model: nn.Module, *, optimise: bool = True) -> Program:
         for name in set(vars(model)) - attributes:  # tensors that forward makes, left by fx
             delattr(model, name)
     return program
+
+
+def capture_resumed(model: nn.Module, program: Program, steps: int = 0) -> Program:
+    """Capture what fuses a video's next frame, from what the frame before became.
+
+    Args:
+        model: a :class:`~fuseengine.models.base.FusionModel`.
+        program: the model's own, whose stages it shares.
+        steps: of its sampling; 0: what the model says is enough.
+
+    Returns:
+        A program of three inputs whose values are named apart from the other program's.
+
+    Raises:
+        CaptureError: what it does cannot be said, or it uses other stages.
+        SettingError: the model cannot resume, or not in so many steps.
+    """
+    if not hasattr(model, "resume"):
+        raise SettingError(
+            f"temporal='warm': {type(model).__name__} has no resume(a, b, previous, *, steps); "
+            "expected a FusionModel that has"
+        )
+    enough = int(getattr(model, "resumed_steps", 0))
+    resumed = capture(model, resume=steps or enough or 1).renamed("resumed.")
+    check_resumed(program, resumed)
+    return resumed
 
 
 def _check(model: nn.Module) -> None:
@@ -86,9 +115,9 @@ def _check(model: nn.Module) -> None:
 class _StageTracer(fx.Tracer):
     """Traces the outer forward; stages stay whole, everything else is entered."""
 
-    def __init__(self, stages: tuple[str, ...]) -> None:
+    def __init__(self, stages: tuple[str, ...], method: str) -> None:
         super().__init__()
-        self.stages = stages
+        self.stages, self.traced_func_name = stages, method
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.stages
@@ -101,8 +130,10 @@ class _StageTracer(fx.Tracer):
 class _Recorder:
     """Turns a traced graph into nodes, values and constants."""
 
-    def __init__(self, model: nn.Module, stages: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, stages: tuple[str, ...], resume: int = 0) -> None:
         self.model, self.stages = model, stages
+        self.pictures = 3 if resume else 2
+        self.method, self.settings = ("resume", {"steps": resume}) if resume else ("forward", {})
         self.planes = 3 if getattr(model, "channels", "luma") == "rgb" else 1
         self.multiple = int(getattr(model, "multiple", 1))
         unit = self.multiple * -(-_PROBE_UNIT // self.multiple)
@@ -142,7 +173,7 @@ class _Recorder:
             model=getattr(self.model, "name", "") or type(self.model).__name__,
             channels=getattr(self.model, "channels", "luma"),
             multiple=self.multiple,
-            inputs=(inputs[0], inputs[1]),
+            inputs=tuple(inputs),
             output=output,
             values=self.values,
             constants=self.constants,
@@ -160,10 +191,11 @@ class _Recorder:
             graph.output(graph.create_node("call_module", "", (a, b), name="fused"))
             return graph
         # What forward takes besides the pair (noise to hand in) stays at its default.
-        extra = list(inspect.signature(self.model.forward).parameters.values())[2:]
-        defaults = {p.name: p.default for p in extra if p.default is not p.empty}
+        parameters = inspect.signature(getattr(self.model, self.method)).parameters.values()
+        extra = [p for p in list(parameters)[self.pictures :] if p.default is not p.empty]
+        defaults = {p.name: p.default for p in extra} | self.settings
         try:
-            graph = _StageTracer(self.stages).trace(self.model, concrete_args=defaults)
+            graph = _StageTracer(self.stages, self.method).trace(self.model, defaults)
             _drop_inputs(graph, len(defaults))
             # Calls have no effect but their result; fx itself is not sure of that for stages.
             graph.eliminate_dead_code(is_impure_node=lambda node: node.op in _KEPT)
@@ -180,7 +212,8 @@ class _Recorder:
         device = next((t.device for t in self.model.parameters()), torch.device("cpu"))
         runs = []
         for height, width in self.sizes:
-            pair = [torch.zeros(1, self.planes, height, width, device=device) for _ in range(2)]
+            shape = (1, self.planes, height, width)
+            pair = [torch.zeros(shape, device=device) for _ in range(self.pictures)]
             with torch.no_grad():
                 if self.stages:
                     interpreter = _ShapeInterpreter(fx.GraphModule(self.model, graph))
@@ -318,12 +351,15 @@ def _check_framed(program: Program) -> None:
 
 def _drop_inputs(graph: fx.Graph, count: int) -> None:
     """Remove the last placeholders, which nothing but fx's own assertions reads."""
-    if not count:
-        return
-    for node in [n for n in graph.nodes if n.op == "placeholder"][-count:]:
+
+    def erase(node: fx.Node) -> None:
         for user in list(node.users):
-            graph.erase_node(user)
+            erase(user)
         graph.erase_node(node)
+
+    if count:
+        for node in [n for n in graph.nodes if n.op == "placeholder"][-count:]:
+            erase(node)
 
 
 def _attribute(module: nn.Module, path: str) -> Tensor:

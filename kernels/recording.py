@@ -63,6 +63,7 @@ def write(
     capabilities: Sequence[int] = (87,),
     *,
     ptx: bool = True,
+    resumed: Program | None = None,
 ) -> Path:
     """Compile and write everything that a program launches for one frame size.
 
@@ -72,6 +73,7 @@ def write(
         folder: made when absent; what it holds of an earlier set is replaced.
         capabilities: of the GPUs, two digits each, at least 80.
         ptx: whether GPUs beside these are served as well, through the driver's translation.
+        resumed: the program of a frame that starts from the one before, for its ops too.
 
     Returns:
         The folder.
@@ -89,7 +91,7 @@ def write(
             raise SettingError(f"capability {capability}; expected two digits from 80: 87 for Orin")
     compiled, calls = [], []
     for capability, form in targets:
-        for call, op, launches in record(program, frame, capability):
+        for call, op, launches in record(program, frame, capability, resumed):
             calls.append(call)
             compiled += aot.compile_launches(op, torch.float32, capability, launches, form=form)
     folder = Path(folder)
@@ -98,24 +100,31 @@ def write(
     return folder
 
 
-def record(program: Program, frame: tuple[int, int], capability: int) -> Iterator[Planned]:
+def record(
+    program: Program,
+    frame: tuple[int, int],
+    capability: int,
+    resumed: Program | None = None,
+) -> Iterator[Planned]:
     """Plan every call of an op that has kernels, once per key; compiles nothing.
 
     Args:
         program: the captured model.
         frame: height and width of the frames.
         capability: two digits.
+        resumed: see :func:`write`.
 
     Yields:
-        Calls of the program's ops, then of frames into and out of its buffers.
+        Calls of the programs' ops, then of frames into and out of the buffers.
     """
     padded = FrameAdapter(frame, program.channels, program.multiple, program.padding).padded
     seen = set()
-    for node in program.nodes:
+    programs = (program,) if resumed is None else (program, resumed)
+    for values, node in ((p.values, node) for p in programs for node in p.nodes):
         planner = _PLANNERS.get(node.target) if node.kind == "op" else None
         if planner is None:
             continue
-        shapes = [resolve(program.values[n].shape, padded) for n in (*node.inputs, *node.made())]
+        shapes = [resolve(values[n].shape, padded) for n in (*node.inputs, *node.made())]
         key = key_of(node.target, shapes[:-1], shapes[-1], node.attrs)
         if key in seen:
             continue

@@ -249,6 +249,18 @@ class TestOldBundles:
         assert np.abs(loaded(IR, VIS).astype(int) - recorded).max() <= 1
         assert psnr(loaded(IR, VIS) / 255, recorded / 255) >= 60
 
+    @pytest.mark.parametrize("schema", range(2, SCHEMA + 1))
+    def test_a_frame_from_the_one_before(self, schema):
+        engine = little_engine(temporal="warm", warm_steps=1)
+        loaded = fe.load(DATA / f"schema-{schema}.fuse", threads=1)
+        made = []
+        for one in (engine, loaded):
+            memory = fe.Memory()
+            made.append([one(IR, VIS, memory=memory) for _ in range(2)][1])
+            assert memory.resumed == 1
+        assert psnr(made[0] / 255, made[1] / 255) >= 60
+        assert psnr(made[0] / 255, engine(IR, VIS) / 255) < 55
+
     def test_the_model_is_still_that_one(self, engine):
         recorded = fe.read_image(DATA / f"schema-{SCHEMA}.png")
         assert psnr(engine(IR, VIS) / 255, recorded / 255) >= 60

@@ -29,6 +29,7 @@ _SPELLINGS = {
     "resize='infrared'": "--resize infrared",
     "skip=True": "--skip",
     "stage='...'": "--stage NAME",
+    "temporal='warm'": "--temporal warm",
 }
 """How remedies spell an argument in Python -> how it is spelt here."""
 
@@ -114,6 +115,15 @@ def add_engine_options(parser: argparse.ArgumentParser, *, model: bool = True) -
     )
 
 
+def add_temporal(parser: Any) -> None:
+    """Add ``--temporal``."""
+    parser.add_argument(
+        "--temporal",
+        choices=("warm",),
+        help="warm: a frame starts from what the one before became, in fewer sampling steps",
+    )
+
+
 def load_engine(args: argparse.Namespace) -> Engine:
     """The engine in the bundle ``args.engine``; other options than "auto" replace its choices."""
     import fuseengine as fe
@@ -159,6 +169,7 @@ def make_engine(args: argparse.Namespace, size: tuple[int, int] | None) -> Engin
         backend=args.backend,
         effort=args.effort,
         threads=args.threads,
+        temporal=getattr(args, "temporal", None),
         cache=not args.no_cache,
     )
 

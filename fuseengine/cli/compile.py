@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fuseengine.cli.common import RawHelp, frame_size, note, positive_float, positive_int
+from fuseengine.cli.common import (
+    RawHelp,
+    add_temporal,
+    frame_size,
+    note,
+    positive_float,
+    positive_int,
+)
 from fuseengine.errors import SettingError
 
 if TYPE_CHECKING:
@@ -103,6 +110,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--threads", type=positive_int, metavar="N", help="CPU threads (default: one per core)"
     )
+    add_temporal(parser)
+    parser.add_argument(
+        "--warm-steps", type=positive_int, metavar="K", help="how many steps (default: the model's)"
+    )
     parser.add_argument(
         "--no-cache", action="store_true", help="compile anew; leave the cache of engines alone"
     )
@@ -159,6 +170,8 @@ def _compile_here(args: argparse.Namespace, target: Target, here: bool) -> None:
         guard_db=args.guard_db,
         threads=args.threads,
         portable=True,
+        temporal=args.temporal,
+        warm_steps=args.warm_steps,
         cache=not args.no_cache,
     )
     save(args.output, engine, None if here else (target.name, target.title))
@@ -178,6 +191,7 @@ def _compile_elsewhere(args: argparse.Namespace, target: Target) -> None:
         raise SettingError(
             f"--backend {args.backend}: stages on {target.name} are TensorRT's; expected tensorrt"
         )
+    from fuseengine.compiler import resumed_steps
     from fuseengine.export.bundles import compile_for
 
     written = compile_for(
@@ -188,6 +202,7 @@ def _compile_elsewhere(args: argparse.Namespace, target: Target) -> None:
         precision=args.precision,
         guard_db=args.guard_db,
         threads=args.threads,
+        resumed_steps=resumed_steps(args.temporal, args.warm_steps),
     )
     note(args, *(f"verified: {text}" for text in written.verified))
     _predict(args, written.program, written.stages, target, written.precision)

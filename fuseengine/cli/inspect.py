@@ -69,7 +69,7 @@ def describe(bundle: Bundle) -> str:
         "",
         str(description.report),
         "",
-        str(program),
+        "\n\n".join(map(str, description.programs)),
     ]
     return "\n".join(parts)
 

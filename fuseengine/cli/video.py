@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fuseengine.cli.common import (
     RawHelp,
     add_engine_options,
+    add_temporal,
     frame_size,
     make_engine,
     note,
@@ -141,6 +142,7 @@ def add_parser(commands: Any) -> None:
         metavar="WxH",
         help="of that grid (default: the engine's, or the visible camera's)",
     )
+    add_temporal(frames)
     talk = parser.add_argument_group("what is printed")
     talk.add_argument(
         "--progress", action="store_true", help="show the progress line even without a terminal"
@@ -201,6 +203,7 @@ def run(args: argparse.Namespace) -> int:
                 infrared_range=args.infrared_range,
                 thermal=_thermal(args),
                 alignment=grid,
+                temporal=args.temporal,
                 on_event=talk.event,
             )
         )

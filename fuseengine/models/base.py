@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, fx, nn
 
+from fuseengine.errors import SettingError
 from fuseengine.models.pictures import Padding, check_pictures, pad_picture
 
 
@@ -35,6 +36,9 @@ class FusionModel(nn.Module):
     steps: int = 1
     """Sampling steps of one forward."""
 
+    resumed_steps: int = 0
+    """Steps of :meth:`resume` that are enough; 0: the model cannot resume."""
+
     seed: int = 0
     """Of the random numbers that one forward draws."""
 
@@ -51,6 +55,24 @@ class FusionModel(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Fuse source a (infrared) and source b (visible)."""
         raise TypeError(f"{type(self).__name__} does not define forward(a, b)")
+
+    def resume(self, a: Tensor, b: Tensor, previous: Tensor, *, steps: int) -> Tensor:
+        """Fuse a video's next pair in fewer steps, from what the frame before became.
+
+        Args:
+            a: source a, as ``forward`` takes it.
+            b: source b, likewise.
+            previous: the fused image of the frame before, as ``forward`` gives it.
+            steps: how many of the sampling steps, the last ones, are done.
+
+        Raises:
+            SettingError: the model cannot resume, or not in so many steps.
+        """
+        raise SettingError(
+            f"{self.name or type(self).__name__} cannot start from the frame before: it does not "
+            "sample from noise around a picture; leave temporal away, or use a model that does: "
+            "mask-difuser"
+        )
 
     def prepare(self, *pictures: Tensor) -> list[Tensor]:
         """Pictures as the networks take them: with their planes, padded to the multiple.

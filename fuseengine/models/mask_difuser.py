@@ -56,6 +56,7 @@ from fuseengine.models.pictures import crop_like, stretch
 from fuseengine.models.sampling import (
     Draws,
     Step,
+    diffuse,
     linear_schedule,
     make_steps,
     predict_noise,
@@ -244,6 +245,7 @@ class MaskDiFuser(FusionModel):
 
     channels = "rgb"
     stages = ("content", "semantic", "keys", "time", "unet")
+    resumed_steps = 1
 
     def __init__(
         self,
@@ -338,7 +340,26 @@ class MaskDiFuser(FusionModel):
             SettingError: noise of another name or shape.
         """
         first, second = self.prepare(a, b)
-        x = crop_like(self.sample(first, second, noise), a)
+        return self.scaled(crop_like(self.sample(first, second, noise), a))
+
+    def resume(self, a: Tensor, b: Tensor, previous: Tensor, *, steps: int) -> Tensor:
+        """The last steps alone, from the frame before with the noise of the first of them.
+
+        As SDEdit (Meng et al. 2022) starts from a guide; the noise is the forward's, so the same in
+        every frame. See :meth:`FusionModel.resume`.
+        """
+        schedule = self.schedule()
+        if not 1 <= steps < len(schedule):
+            raise SettingError(
+                f"steps={steps}; expected 1 to {len(schedule) - 1}, fewer than the model's own"
+            )
+        first, second, before = self.prepare(a, b, previous)
+        noise = Draws(("x_T",), None, self.seed).normal("x_T", before)
+        start = diffuse(before * 2.0 - 1.0, noise, schedule[-steps].sqrt_abar)
+        return self.scaled(crop_like(self.denoise(start, first, second, schedule[-steps:]), a))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """x_0 as a picture in [0, 1]."""
         if self.scaling == "min-max":
             return stretch(x, per="picture")
         return (x * 0.5 + 0.5).clamp(0.0, 1.0)
@@ -349,12 +370,22 @@ class MaskDiFuser(FusionModel):
         Takes pictures (N, 3, H, W) in [0, 1] whose sides are multiples of ``self.multiple``.
         """
         schedule = self.schedule()
-        names = ["x_T", *(f"z_t{step.t}" for step in schedule[:-1])]
-        draws = Draws(names, noise, self.seed)
+        draws = Draws(["x_T", *(f"z_t{step.t}" for step in schedule[:-1])], noise, self.seed)
+        return self.denoise(draws.normal("x_T", a), a, b, schedule, draws)
+
+    def denoise(
+        self, x: Tensor, a: Tensor, b: Tensor, schedule: Sequence[Step], draws: Draws | None = None
+    ) -> Tensor:
+        """From x at the first of some steps to x_0; see :meth:`sample`.
+
+        ``draws``: of the noise that each step adds; from the model's seed by default.
+        """
+        if draws is None:
+            draws = Draws([f"z_t{step.t}" for step in schedule[:-1]], None, self.seed)
         sources, base = self.sources(a, b), self.base(a, b)
         return sample_ddim(
             lambda x, step: self.noise(x, step, *sources, base=base),
-            draws.normal("x_T", a),
+            x,
             schedule,
             eta=self.eta,
             draws=draws,

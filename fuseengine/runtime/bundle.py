@@ -41,7 +41,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -57,7 +57,8 @@ from fuseengine.runtime.fields import Map, OneOf, expect, parse
 from fuseengine.runtime.launches import FILE as LAUNCHES
 
 FORMAT = "fuseengine bundle"
-SCHEMA = 1
+SCHEMA = 2
+"""2 has a program for a frame that starts from the one before; files without one say 1."""
 MANIFEST = "manifest.json"
 CONSTANTS = "constants.safetensors"
 
@@ -115,17 +116,18 @@ _PROGRAM = {
     ],
 }
 _VARIANT = {"stage": str, "use": [int], "form": int}
+_ENGINE = {
+    "program": _PROGRAM,
+    "choice": [{**_VARIANT, "backend": str, "precision": str}],
+    "report": _REPORT,
+    "size": OneOf((None, [int])),
+    "device": str,
+}
 _FORM = {
     "format": str,
     "schema": int,
     "made_by": str,
-    "engine": {
-        "program": _PROGRAM,
-        "choice": [{**_VARIANT, "backend": str, "precision": str}],
-        "report": _REPORT,
-        "size": OneOf((None, [int])),
-        "device": str,
-    },
+    "engine": _ENGINE,
     "target": {"name": str, "title": str, "compute_capability": OneOf((None, int))},
     "colour": {"planes": str, "result": str},
     "buffers": {"size": [int], "bytes": int},
@@ -215,7 +217,7 @@ class Bundle:
             self.manifest = self._read_manifest()
             self._archive.check_layout()
             self._check_members()
-            expect(self.manifest, _FORM, "")
+            expect(self.manifest, _form(self.manifest["schema"]), "")
             self.description = self._describe()
             self.target = BuiltFor(**self.manifest["target"])
             self.networks = dict(self._list_networks())
@@ -386,7 +388,9 @@ class Bundle:
         engine = self.manifest["engine"]
         if CONSTANTS not in self._archive.members:
             raise BundleError(f"{CONSTANTS} is missing")
-        _check_program(engine["program"])
+        for key in ("program", "resumed"):
+            if key in engine:
+                _check_program(engine[key], f"engine.{key}")
         for where, size in (
             ("engine.size", engine["size"]),
             ("engine.report.size", engine["report"]["size"]),
@@ -403,7 +407,7 @@ class Bundle:
             raise BundleError(f"engine: {error}") from error
         if description.device not in ("cpu", "cuda"):
             raise BundleError(f"engine.device = {description.device[:20]!r}; expected cpu or cuda")
-        _check_values(description.program, self.manifest["buffers"])
+        _check_values(description, self.manifest["buffers"])
         return description
 
     def _list_networks(self) -> Iterator[tuple[tuple[StageVariant, str], Network]]:
@@ -428,6 +432,11 @@ class Bundle:
                 raise BundleError(f"plans.{key[:60]}: {entry['file'][:60]!r} is no member")
 
 
+def _form(schema: int) -> Mapping[str, Any]:
+    """What a manifest of a schema has."""
+    return _FORM if schema == 1 else {**_FORM, "engine": {**_ENGINE, "resumed": _PROGRAM}}
+
+
 def _check_size(size: Sequence[int], where: str) -> None:
     if len(size) != 2 or not all(2 <= n <= LARGEST_SIDE for n in size):
         raise BundleError(
@@ -435,13 +444,13 @@ def _check_size(size: Sequence[int], where: str) -> None:
         )
 
 
-def _check_program(program: Mapping[str, Any]) -> None:
+def _check_program(program: Mapping[str, Any], where: str) -> None:
     """What must hold before a program is looked at: dimensions that can be resolved."""
     if not 1 <= program["multiple"] <= LARGEST_SIDE:
-        raise BundleError(f"engine.program.multiple = {program['multiple']}; expected 1 or more")
+        raise BundleError(f"{where}.multiple = {program['multiple']}; expected 1 or more")
     if program["channels"] not in _COLOURS or program["padding"] not in ("reflect", "white"):
         raise BundleError(
-            f"engine.program has channels {program['channels'][:20]!r} and padding "
+            f"{where} has channels {program['channels'][:20]!r} and padding "
             f"{program['padding'][:20]!r}; expected one of {sorted(_COLOURS)}, and reflect or white"
         )
     for name, shape in program["values"].items():
@@ -449,25 +458,26 @@ def _check_program(program: Mapping[str, Any]) -> None:
             fits = 1 <= dim < 1 << 40 if isinstance(dim, int) else _DIM.fullmatch(dim)
             if not fits or len(shape) > 8:
                 raise BundleError(
-                    f"engine.program.values.{name[:60]} = {str(shape)[:60]}; expected up to 8 "
+                    f"{where}.values.{name[:60]} = {str(shape)[:60]}; expected up to 8 "
                     "numbers above 0, or multiples of H, W or H*W"
                 )
     for index, node in enumerate(program["nodes"]):
         if node["kind"] not in ("stage", "op"):
-            raise BundleError(f"engine.program.nodes[{index}].kind = {node['kind'][:20]!r}")
+            raise BundleError(f"{where}.nodes[{index}].kind = {node['kind'][:20]!r}")
 
 
-def _check_values(program: Program, buffers: Mapping[str, Any]) -> None:
-    """What a program allocates is what its manifest says, and this machine has it."""
-    for name, array in program.constants.items():
-        if program.values[name].shape != array.shape:
-            raise BundleError(
-                f"constant {name[:60]} has shape {array.shape}; expected "
-                f"{program.values[name].shape}"
-            )
+def _check_values(description: Description, buffers: Mapping[str, Any]) -> None:
+    """What the programs allocate is what the manifest says, and this machine has it."""
+    for program in description.programs:
+        for name, array in program.constants.items():
+            if program.values[name].shape != array.shape:
+                raise BundleError(
+                    f"constant {name[:60]} has shape {array.shape}; expected "
+                    f"{program.values[name].shape}"
+                )
     height, width = buffers["size"]
     try:
-        total = values_bytes(program, (height, width))
+        total = values_bytes(description.programs, (height, width))
     except CaptureError as error:
         raise BundleError(f"engine.program: {error}") from error
     if total != buffers["bytes"]:
@@ -490,19 +500,22 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def values_bytes(program: Program, size: tuple[int, int]) -> int:
-    """Bytes of all values of a program: the most that its buffers take.
+def values_bytes(programs: Iterable[Program], size: tuple[int, int]) -> int:
+    """Bytes of all values of programs: the most that their buffers take.
 
     Args:
-        program: any.
+        programs: of one engine.
         size: of the frame, height and width; padded here.
 
     Raises:
         CaptureError: a dimension does not come out whole.
     """
-    height, width = (-(-n // program.multiple) * program.multiple for n in size)
-    shapes = (resolve(value.shape, (height, width)) for value in program.values.values())
-    return 4 * sum(map(math.prod, shapes))
+    total = 0
+    for program in programs:
+        height, width = (-(-n // program.multiple) * program.multiple for n in size)
+        shapes = (resolve(value.shape, (height, width)) for value in program.values.values())
+        total += 4 * sum(map(math.prod, shapes))
+    return total
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -534,18 +547,18 @@ def write(
     """
     program = description.program
     size = description.size or description.report.size
-    members: dict[str, Content] = {CONSTANTS: tensors.pack(program.constants)}
+    members: dict[str, Content] = {CONSTANTS: tensors.pack(description.constants)}
     listed = list(_add_networks(members, networks))
     from fuseengine import __version__
 
     manifest = {
         "format": FORMAT,
-        "schema": SCHEMA,
+        "schema": 1 if description.resumed is None else 2,
         "made_by": f"fuseengine {__version__}",
         "engine": _portable(description).to_dict(),
         "target": target._asdict(),
         "colour": {"planes": program.channels, "result": _COLOURS[program.channels]},
-        "buffers": {"size": list(size), "bytes": values_bytes(program, size)},
+        "buffers": {"size": list(size), "bytes": values_bytes(description.programs, size)},
         "networks": listed,
         "kernels": [] if kernels is None else _add_kernels(members, kernels),
         "plans": {},

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fuseengine import _native
+from fuseengine.errors import CaptureError
 from fuseengine.program import Node, Program, StageVariant, resolve
 from fuseengine.runtime import ops
 
@@ -133,7 +134,8 @@ class Executor:
     """A program bound to a picture size, a device and lowered stages.
 
     Attributes:
-        inputs: arrays (N, C, H, W) to fill with sources a and b before :meth:`run`.
+        inputs: arrays (N, C, H, W) to fill with sources a and b, and where the program has a third
+            input the fused image of the frame before, ahead of :meth:`run`.
         output: array that holds the fused picture after it.
     """
 
@@ -144,6 +146,7 @@ class Executor:
         runners: Mapping[StageVariant, StageRunner],
         device: Device | None = None,
         frame: tuple[int, int] | None = None,
+        given: Sequence[Any] = (),
     ) -> None:
         """Bind everything.
 
@@ -154,13 +157,14 @@ class Executor:
             device: where to run; the CPU by default.
             frame: height and width of the part, at the upper left, that a frame covers; the rest
                 is padding. All of it by default.
+            given: arrays to take as the first inputs, those of an executor on the same device.
 
         Raises:
             CaptureError: the program does not fit the size or names unknown ops.
         """
         self.program, self.size, self.frame = program, size, frame or size
         self.device: Device = device or CpuDevice()
-        arrays = self._place()
+        arrays = self._place(given)
         self._arrays = arrays
         self.inputs = tuple(arrays[name] for name in program.inputs)
         self.output = arrays[program.output]
@@ -193,6 +197,22 @@ class Executor:
         if frame == self.frame or not any(n.target in ops.FRAMED for n in self.program.nodes):
             return self
         return Executor(self.program, self.size, self.runners, self.device, frame)
+
+    def resumed(self, program: Program) -> Executor:
+        """One for a program that goes on from the frame before, on this one's inputs and stages.
+
+        Both share the lowered stages, so they must not run at once.
+
+        Args:
+            program: whose stages are among this executor's.
+
+        Raises:
+            CaptureError: one is not.
+        """
+        missing = [v.label for v in program.variants() if v not in self.runners]
+        if missing:
+            raise CaptureError(f"the stages {missing} are not those of {self.program.model}")
+        return Executor(program, self.size, self.runners, self.device, self.frame, self.inputs)
 
     def run(self) -> None:
         """Fuse what stands in the input arrays; the result stands in ``output``."""
@@ -264,14 +284,15 @@ class Executor:
         seen = {id(owner): owner for owner in map(_owner, self._arrays.values())}
         return sum(owner.nbytes for owner in seen.values())
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self, given: Sequence[Any]) -> dict[str, Any]:
         """Give every value an array; one whose reader is gone serves the next of its shape."""
         program = self.program
         last = {name: index for index, node in enumerate(program.nodes) for name in node.inputs}
         last[program.output] = len(program.nodes)
         keep = {*program.inputs, *program.constants, program.output}
         arrays = {name: self.device.constant(a) for name, a in program.constants.items()}
-        for name in program.inputs:
+        arrays |= dict(zip(program.inputs, given, strict=False))
+        for name in program.inputs[len(given) :]:
             arrays[name] = self.device.empty(resolve(program.values[name].shape, self.size))
         for node in filter(_is_made, program.nodes):
             for name in node.made():

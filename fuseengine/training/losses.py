@@ -44,23 +44,20 @@ def difference_correlation(fused: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (2.0 - correlation(fused - b, a) - correlation(fused - a, b)).mean()
 
 
-def lost_sharpness(fused: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """How far the spatial frequency stays below that of the stronger edges of both, relative.
+def lost_contrast(fused: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """How much flatter the fused edges are than the stronger ones of the sources, 0 to about 1.
 
-    ``max(0, 1 - SF(f) / SF(a, b))``; SF (Eskicioglu and Fisher 1995) is the root mean square of the
-    differences between neighbours, here of each pixel pair's larger one of the sources. L1 terms
-    take the median of what an edge might be, which is a softer edge.
+    ``max(0, 1 - <d f, d> / <d, d>)``: the slope of the fused differences between neighbours over
+    d, those of the source that has the larger ones. L1 terms take the median of what an edge may
+    be, which is a softer edge; and a term on the power of the edges alone can be met with noise.
     """
-
-    def squares(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.diff(dim=2).square(), x.diff(dim=3).square()
-
-    def frequency(rows: Tensor, columns: Tensor) -> Tensor:
-        return (rows.mean(dim=(1, 2, 3)) + columns.mean(dim=(1, 2, 3)) + 1e-8).sqrt()
-
-    (rows_a, columns_a), (rows_b, columns_b) = squares(a), squares(b)
-    wanted = frequency(torch.maximum(rows_a, rows_b), torch.maximum(columns_a, columns_b))
-    return F.relu(1.0 - frequency(*squares(fused)) / wanted).mean()
+    along, power = 0.0, 1e-8
+    for dim in (2, 3):
+        of_a, of_b = a.diff(dim=dim), b.diff(dim=dim)
+        wanted = torch.where(of_a.abs() >= of_b.abs(), of_a, of_b)
+        along = along + (fused.diff(dim=dim) * wanted).mean(dim=(1, 2, 3))
+        power = power + wanted.square().mean(dim=(1, 2, 3))
+    return F.relu(1.0 - along / power).mean()
 
 
 def correlation(x: Tensor, y: Tensor, floor: float = 1e-6) -> Tensor:

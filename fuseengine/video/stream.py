@@ -33,6 +33,7 @@ from fuseengine.errors import (
     SourceError,
 )
 from fuseengine.runtime.frames import range_bounds
+from fuseengine.temporal import Memory
 from fuseengine.thermal import ThermalInput
 from fuseengine.video.channels import Channel, Finished, PairBox
 from fuseengine.video.events import Event, Kind, Listener, log_event
@@ -81,6 +82,7 @@ class Stream:
 
     Attributes:
         stats: counts of the run that is going on, or of the last one.
+        memory: with temporal="warm", what the next frame starts from, and its counts.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Stream:
         alignment: Alignment | None = None,
         resize: Literal["infrared"] | None = None,
         infrared_range: tuple[float, float] | Literal["minmax"] | None = None,
+        temporal: Literal["warm"] | None = None,
         on_event: Listener = log_event,
     ) -> None:
         """Describes the stream; nothing runs yet.
@@ -128,6 +131,9 @@ class Stream:
                 the fused frames show; RGB then, of a grey visible camera grey.
             resize: "infrared" resamples infrared frames to the visible ones' size.
             infrared_range: as for the engine: what counts are black and white.
+            temporal: "warm": each frame starts from what the one before became and needs fewer
+                sampling steps; after a cut, and where frames are lost for long, one is sampled in
+                full. The engine must have been compiled with ``temporal="warm"``.
             on_event: called with every :class:`~fuseengine.video.Event`, from the stream's
                 threads, one at a time. By default they go to the logger "fuseengine.video".
 
@@ -158,6 +164,9 @@ class Stream:
             self.options["resize"] = resize
         if infrared_range is not None:
             self.options["infrared_range"] = infrared_range
+        self.memory = None if temporal is None else _memory(engine, temporal)
+        if self.memory is not None:
+            self.options["memory"] = self.memory
         self._on_event = on_event
         self._telling = threading.RLock()
         self.stats = StreamStats()
@@ -193,6 +202,7 @@ class Stream:
             DeadlineError: the engine cannot keep the deadline, and the stream is strict.
         """
         self.close()
+        self.forget()
         run = _Run(self, infrared, visible)
         self._run, self.stats = run, run.stats
         return run.frames()
@@ -202,6 +212,11 @@ class Stream:
         run, self._run = self._run, None
         if run is not None:
             run.close()
+
+    def forget(self) -> None:
+        """Sample the next frame in full, and count anew; for a stream with ``temporal``."""
+        if self.memory is not None:
+            self.memory = self.options["memory"] = Memory(cut=self.memory.cut)
 
     def __enter__(self) -> Stream:
         return self
@@ -253,6 +268,17 @@ class Stream:
         if frame.format not in YUV:
             return frame.image
         return frame.luma() if self.takes_luma else frame.rgb()
+
+
+def _memory(engine: object, temporal: str) -> Memory:
+    if temporal != "warm":
+        raise SettingError(f"temporal: got {temporal!r}, expected None or 'warm'")
+    if getattr(engine, "resumed", None) is None:
+        raise SettingError(
+            "temporal='warm': the engine samples every frame in full; expected one that was "
+            "compiled with temporal='warm'"
+        )
+    return Memory()
 
 
 class _Run:
@@ -380,6 +406,7 @@ class _Run:
             start = time.perf_counter()
             stream.engine(infrared, visible, **options)
             times.append((time.perf_counter() - start) * 1e3)
+        stream.forget()
         return statistics.median(times)
 
     def _check_deadline(self) -> None:

@@ -60,6 +60,22 @@ class TestCompile:
         ready = fe.compile("drfusion-s", (32, 40), backend="onnxruntime", threads=1, cache=False)
         np.testing.assert_array_equal(fe.load(out, threads=1)(ir, vis), ready(ir, vis))
 
+    def test_for_video(self, tmp_path, capsys):
+        out = tmp_path / "m.fuse"
+        options = "--size 32x32 --backend onnxruntime --precision fp32 --threads 1 --no-cache -q"
+        words = ["compile", "mask-difuser-s", "-o", out, *options.split()]
+        assert run(*words, "--temporal", "warm", "--warm-steps", "2") == 0
+        engine = fe.load(out, threads=1)
+        assert [call.target for call in engine.resumed.stage_calls()].count("unet") == 2
+        capsys.readouterr()
+        assert run("inspect", out) == 0
+        assert "resumed.previous" in capsys.readouterr().out
+        assert run(*words, "--warm-steps", "2") == 2
+        assert "warm_steps=2 without temporal; give --temporal warm" in error_of(capsys)
+        words[1] = "drfusion-s"
+        assert run(*words, "--temporal", "warm") == 2
+        assert "drfusion-s cannot start from the frame before" in error_of(capsys)
+
     def test_for_a_cpu_elsewhere(self, tmp_path, capsys):
         out = tmp_path / "d.fuse"
         options = "--random-weights --size 32x32 --target x86-cpu --threads 1 --no-cache -q"

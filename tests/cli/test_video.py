@@ -75,6 +75,13 @@ def test_max_frames_range_and_quiet(videos, fake, capsys):
     assert fake.calls[0][1] == {"infrared_range": (10.0, 200.0)}
 
 
+def test_temporal(videos, fake, capsys):
+    """The engine is compiled for it, and the stream uses it or says why not."""
+    assert main(arguments(videos, "--temporal", "warm", "--model", "mask-difuser-s")) == 2
+    assert fake.asked[0][2]["temporal"] == "warm"
+    assert "compiled with --temporal warm" in capsys.readouterr().err
+
+
 def test_progress_and_events_on_standard_error(videos, fake, capsys):
     assert main(arguments(videos, "--progress", "--max-frames", "5")) == 0
     err = capsys.readouterr().err

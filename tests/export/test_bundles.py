@@ -10,8 +10,11 @@ from fuseengine import saved_engine
 from fuseengine.errors import BackendUnavailableError, SettingError
 from fuseengine.export import bundles
 from fuseengine.export.bundles import compile_for
+from fuseengine.program import resolve
 from fuseengine.runtime.bundle import Bundle
 from fuseengine.runtime.cubins import Store
+from fuseengine.runtime.frames import FrameAdapter
+from fuseengine.runtime.launches import Launches, key_of
 from fuseengine.targets import get_target
 from tests.helpers import psnr
 from tests.saved import SIZE, frames, little_engine, little_model
@@ -67,6 +70,26 @@ def test_what_is_in_it(written):
     (text,) = written.verified
     assert "every half value rounded" in text and text.endswith("dB")
     assert any("compiled, not run" in text for text in written.not_verified)
+
+
+def test_a_video_has_its_program_and_kernels(tmp_path):
+    path = tmp_path / "video.fuse"
+    compile_for(little_model(), SIZE, ORIN, path, threads=1, resumed_steps=1)
+    with Bundle(path) as opened:
+        folder = opened.kernels().folder
+        programs = opened.description.programs
+        assert len(programs) == 2 and len(programs[1].inputs) == 3
+    launches = Launches.load(folder)
+    adapter = FrameAdapter(SIZE, multiple=programs[0].multiple)
+    for program in programs:
+        for node in program.nodes:
+            if node.target == "ddim_step":
+                shapes = [
+                    resolve(program.values[n].shape, adapter.padded)
+                    for n in (*node.inputs, *node.made())
+                ]
+                key = key_of(node.target, shapes[:-1], shapes[-1], node.attrs)
+                assert launches.get(key, 87) is not None, node
 
 
 def test_it_refuses_this_machine_and_runs_on_its_cpu(written):

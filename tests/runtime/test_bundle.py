@@ -100,7 +100,7 @@ class TestContent:
             (text,) = opened.manifest["verified"]
             assert re.search(r"22x30|30x22: fused image against PyTorch in float32, 1\d\d", text)
             assert opened.manifest["not_verified"] == []
-            assert opened.manifest["schema"] == SCHEMA
+            assert opened.manifest["schema"] == 1  # nothing newer is in it
 
     def test_any_zip_tool_reads_it(self, sound):
         with zipfile.ZipFile(sound) as found:

@@ -39,17 +39,18 @@ class TestEdges:
         expected = losses.edge_strength(x).mean() / 2
         assert losses.strongest_edges(x / 2, flat, x) == pytest.approx(float(expected), rel=1e-5)
 
-    def test_lost_sharpness(self):
+    def test_lost_contrast(self):
         x = torch.arange(8.0)[None, None, None].expand(2, 1, 6, 8) * 0.05
-        down, flat = x[..., :6].transpose(2, 3), torch.full((2, 1, 6, 6), 0.5)
-        assert losses.lost_sharpness(1 - x, x, torch.zeros_like(x)) == 0
-        assert losses.lost_sharpness(2 * x, x, x) == 0  # more is no loss
-        assert losses.lost_sharpness(x / 4, x, x / 2) == pytest.approx(0.75, abs=1e-4)
-        # What both have, across and down: sqrt(2) of what one has.
-        assert losses.lost_sharpness(x[..., :6], x[..., :6], down) == pytest.approx(
-            1 - 0.5**0.5, abs=1e-4
-        )
-        assert losses.lost_sharpness(flat, flat, flat) == pytest.approx(0, abs=1e-6)
+        flat = torch.full_like(x, 0.5)
+        assert losses.lost_contrast(x + 0.3, x, flat) == pytest.approx(0, abs=1e-5)
+        assert losses.lost_contrast(2 * x, x, flat) == 0  # more is no loss
+        assert losses.lost_contrast(x / 4, x, x / 2) == pytest.approx(0.75, abs=1e-4)
+        assert losses.lost_contrast(1 - x, x, flat) == pytest.approx(2, abs=1e-4)  # polarity
+        noise = torch.randn(2, 1, 6, 8, generator=torch.Generator().manual_seed(0))
+        down = torch.arange(6.0)[None, None, :, None].expand(2, 1, 6, 8)
+        noise = noise.mean(dim=3, keepdim=True) * down  # across the edges, not along them
+        assert losses.lost_contrast(x / 2 + noise, x, flat) == pytest.approx(0.5, abs=1e-4)
+        assert losses.lost_contrast(flat, flat, flat) == pytest.approx(1)  # and no gradient
 
     def test_stronger_chroma(self):
         grey, colour = torch.zeros(1, 2, 3, 3), torch.full((1, 2, 3, 3), -0.2)
@@ -141,6 +142,6 @@ def test_gradients_of_edges_and_colour_planes():
     a, b = (p.double()[:, :, :6, :6] for p in picture_pair((20, 28)))
     fused = (0.3 * a + 0.6 * b + 0.01).requires_grad_()
     assert torch.autograd.gradcheck(lambda f: losses.strongest_edges(f, a, b), (fused,))
-    assert torch.autograd.gradcheck(lambda f: losses.lost_sharpness(f, a, b), (fused,))
+    assert torch.autograd.gradcheck(lambda f: losses.lost_contrast(f, a, b), (fused,))
     x = colours(batch=1, size=(6, 6)).double().requires_grad_()
     assert torch.autograd.gradcheck(losses.to_ycbcr, (x,))

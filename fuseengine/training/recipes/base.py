@@ -23,13 +23,13 @@ class ExtraWeights:
     Attributes:
         selection: :func:`losses.gradient_selection`.
         correlation: :func:`losses.difference_correlation`.
-        sharpness: :func:`losses.lost_sharpness`.
+        contrast: :func:`losses.lost_contrast`.
         range: :func:`losses.out_of_range`; for heads that are not bounded by themselves.
     """
 
     selection: float = 0.0
     correlation: float = 0.0
-    sharpness: float = 0.0
+    contrast: float = 0.0
     range: float = 0.0
 
     def terms(self, fused: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -39,8 +39,8 @@ class ExtraWeights:
             made["selection"] = self.selection * losses.gradient_selection(fused, a, b)
         if self.correlation:
             made["correlation"] = self.correlation * losses.difference_correlation(fused, a, b)
-        if self.sharpness:
-            made["sharpness"] = self.sharpness * losses.lost_sharpness(fused, a, b)
+        if self.contrast:
+            made["contrast"] = self.contrast * losses.lost_contrast(fused, a, b)
         if self.range:
             made["range"] = self.range * losses.out_of_range(fused)
         return made
@@ -55,7 +55,7 @@ class ColourFusionWeights:
         correlation: :func:`losses.difference_correlation` of Y.
         brightest: :func:`losses.brightest` of Y.
         chroma: |C - :func:`losses.stronger_chroma`|, summed over both.
-        sharpness: :func:`losses.lost_sharpness` of Y.
+        contrast: :func:`losses.lost_contrast` of Y.
         range: :func:`losses.out_of_range`.
     """
 
@@ -63,7 +63,7 @@ class ColourFusionWeights:
     correlation: float = 0.2
     brightest: float = 0.3
     chroma: float = 2.0
-    sharpness: float = 0.2
+    contrast: float = 0.2
     range: float = 5.0
 
     def terms(self, fused: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ class ColourFusionWeights:
             "correlation": self.correlation * losses.difference_correlation(y, y_a, y_b),
             "brightest": self.brightest * losses.brightest(y, y_a, y_b),
             "chroma": self.chroma * (chroma - wanted).abs().sum(1).mean(),
-            "sharpness": self.sharpness * losses.lost_sharpness(y, y_a, y_b),
+            "contrast": self.contrast * losses.lost_contrast(y, y_a, y_b),
             "range": self.range * losses.out_of_range(fused),
         }
 
