@@ -51,13 +51,27 @@ def lost_contrast(fused: Tensor, a: Tensor, b: Tensor) -> Tensor:
     d, those of the source that has the larger ones. L1 terms take the median of what an edge may
     be, which is a softer edge; and a term on the power of the edges alone can be met with noise.
     """
-    along, power = 0.0, 1e-8
-    for dim in (2, 3):
-        of_a, of_b = a.diff(dim=dim), b.diff(dim=dim)
-        wanted = torch.where(of_a.abs() >= of_b.abs(), of_a, of_b)
-        along = along + (fused.diff(dim=dim) * wanted).mean(dim=(1, 2, 3))
-        power = power + wanted.square().mean(dim=(1, 2, 3))
-    return F.relu(1.0 - along / power).mean()
+    of_f, of_a, of_b = map(_differences, (fused, a, b))
+    wanted = torch.where(of_a.abs() >= of_b.abs(), of_a, of_b)
+    slope = (of_f * wanted).mean(dim=1) / (wanted.square().mean(dim=1) + 1e-8)
+    return F.relu(1.0 - slope).mean()
+
+
+def invented_edges(fused: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Fused differences between neighbours beyond both sources' own, relative L1.
+
+    ``max(0, |d f| - max(|d a|, |d b|))``: blocks, dashes along an edge, a network's own noise.
+    Relative to the mean of what the sources have, never below one grey level.
+    """
+    of_f, of_a, of_b = (_differences(x).abs() for x in (fused, a, b))
+    allowed = torch.maximum(of_a, of_b)
+    excess = F.relu(of_f - allowed).mean(dim=1)
+    return (excess / allowed.mean(dim=1).clamp_min(1 / 255)).mean()
+
+
+def _differences(x: Tensor) -> Tensor:
+    """Of neighbours, down and across: (N, all of them)."""
+    return torch.cat([x.diff(dim=2).flatten(1), x.diff(dim=3).flatten(1)], dim=1)
 
 
 def correlation(x: Tensor, y: Tensor, floor: float = 1e-6) -> Tensor:

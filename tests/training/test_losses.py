@@ -52,6 +52,20 @@ class TestEdges:
         assert losses.lost_contrast(x / 2 + noise, x, flat) == pytest.approx(0.5, abs=1e-4)
         assert losses.lost_contrast(flat, flat, flat) == pytest.approx(1)  # and no gradient
 
+    def test_invented_edges(self):
+        x = torch.arange(8.0)[None, None, None].expand(2, 1, 6, 8) * 0.05
+        flat = torch.full_like(x, 0.5)
+        assert losses.invented_edges(x, x, flat) == pytest.approx(0, abs=1e-6)
+        assert losses.invented_edges(0.9 - 0.5 * x, x, flat) == pytest.approx(0, abs=1e-6)
+        assert losses.invented_edges(3 * x, x, flat) == pytest.approx(2, rel=1e-4)
+        dashes = flat + 0.01 * (torch.arange(6)[None, None, :, None] % 2)
+        # 5 x 8 differences down of 0.01, 6 x 7 across of 0.05.
+        expected = pytest.approx(40 * 0.01 / (42 * 0.05), rel=1e-3)
+        assert losses.invented_edges(x + dashes, x, flat) == expected
+        assert losses.invented_edges(dashes, flat, flat) == pytest.approx(
+            0.01 * 255 * 40 / 82, rel=1e-3
+        )
+
     def test_stronger_chroma(self):
         grey, colour = torch.zeros(1, 2, 3, 3), torch.full((1, 2, 3, 3), -0.2)
         assert torch.equal(losses.stronger_chroma(grey, colour), colour)
@@ -143,5 +157,6 @@ def test_gradients_of_edges_and_colour_planes():
     fused = (0.3 * a + 0.6 * b + 0.01).requires_grad_()
     assert torch.autograd.gradcheck(lambda f: losses.strongest_edges(f, a, b), (fused,))
     assert torch.autograd.gradcheck(lambda f: losses.lost_contrast(f, a, b), (fused,))
+    assert torch.autograd.gradcheck(lambda f: losses.invented_edges(f, a, b), (fused,))
     x = colours(batch=1, size=(6, 6)).double().requires_grad_()
     assert torch.autograd.gradcheck(losses.to_ycbcr, (x,))

@@ -24,12 +24,14 @@ class ExtraWeights:
         selection: :func:`losses.gradient_selection`.
         correlation: :func:`losses.difference_correlation`.
         contrast: :func:`losses.lost_contrast`.
+        invented: :func:`losses.invented_edges`.
         range: :func:`losses.out_of_range`; for heads that are not bounded by themselves.
     """
 
     selection: float = 0.0
     correlation: float = 0.0
     contrast: float = 0.0
+    invented: float = 0.0
     range: float = 0.0
 
     def terms(self, fused: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -41,6 +43,8 @@ class ExtraWeights:
             made["correlation"] = self.correlation * losses.difference_correlation(fused, a, b)
         if self.contrast:
             made["contrast"] = self.contrast * losses.lost_contrast(fused, a, b)
+        if self.invented:
+            made["invented"] = self.invented * losses.invented_edges(fused, a, b)
         if self.range:
             made["range"] = self.range * losses.out_of_range(fused)
         return made
@@ -56,6 +60,7 @@ class ColourFusionWeights:
         brightest: :func:`losses.brightest` of Y.
         chroma: |C - :func:`losses.stronger_chroma`|, summed over both.
         contrast: :func:`losses.lost_contrast` of Y.
+        invented: :func:`losses.invented_edges` of Y.
         range: :func:`losses.out_of_range`.
     """
 
@@ -64,6 +69,7 @@ class ColourFusionWeights:
     brightest: float = 0.3
     chroma: float = 2.0
     contrast: float = 0.2
+    invented: float = 0.2
     range: float = 5.0
 
     def terms(self, fused: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -76,6 +82,7 @@ class ColourFusionWeights:
             "brightest": self.brightest * losses.brightest(y, y_a, y_b),
             "chroma": self.chroma * (chroma - wanted).abs().sum(1).mean(),
             "contrast": self.contrast * losses.lost_contrast(y, y_a, y_b),
+            "invented": self.invented * losses.invented_edges(y, y_a, y_b),
             "range": self.range * losses.out_of_range(fused),
         }
 
