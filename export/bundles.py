@@ -28,7 +28,13 @@ from fuseengine.runtime import bundle
 from fuseengine.runtime.bundle import BuiltFor
 from fuseengine.runtime.cubins import Store
 from fuseengine.runtime.executor import CpuDevice, Executor
-from fuseengine.search import Settings, check_pairs, picture_errors, reference_pictures
+from fuseengine.search import (
+    Int8Networks,
+    Settings,
+    check_pairs,
+    picture_errors,
+    reference_pictures,
+)
 from fuseengine.stages import ModelStages
 from fuseengine.targets import Target
 from fuseengine.tracing import capture, capture_resumed
@@ -123,7 +129,7 @@ def compile_for(
     with tempfile.TemporaryDirectory() as folder:
         bundle.write(
             path,
-            _description(program, settings, chosen, resumed),
+            _description(program, settings, chosen, resumed, checker.int8.record),
             networks,
             target=BuiltFor(target.name, target.title, int(target.sm)),
             kernels=_kernels(program, resumed, size, int(target.sm), Path(folder)),
@@ -143,7 +149,11 @@ def _kernels(
 
 
 def _description(
-    program: Program, settings: Settings, precision: str, resumed: Program | None
+    program: Program,
+    settings: Settings,
+    precision: str,
+    resumed: Program | None,
+    quantised: dict[str, Any] | None,
 ) -> Description:
     choice = dict.fromkeys(program.variants(), ("tensorrt", precision))
     report = Report(
@@ -157,6 +167,7 @@ def _description(
         max_error=math.nan,
         seconds=0.0,
         threads=settings.threads,
+        quantised=quantised,
     )
     return Description(program, choice, report, settings.size, "cuda", resumed)
 
@@ -192,7 +203,7 @@ class _Checker:
         calibration: Sequence[tuple[Any, Any]] | None,
     ) -> None:
         self.program, self.stages, self.settings = program, stages, settings
-        self.calibration = calibration
+        self.int8 = Int8Networks(program, stages, settings, calibration)
         self.pairs = check_pairs(program, settings, None)
         self.references, _ = reference_pictures(stages.model, self.pairs, settings)
 
@@ -217,7 +228,7 @@ class _Checker:
 
     def _measure(self, precision: str) -> tuple[Networks, str, bool]:
         if precision == "int8":
-            self._quantise()
+            self.int8.prepare(self.pairs, self.references)
         variants = self.program.variants()
         networks: Networks = {(v, "fp32"): self.stages.onnx(v) for v in variants}
         kind = "fp32" if precision == "tf32" else precision
@@ -238,22 +249,6 @@ class _Checker:
         if kind == "int8":
             return self.stages.onnx(variant, "int8")
         return typed_network(self.stages, variant, kind)
-
-    def _quantise(self) -> None:
-        from fuseengine.export.calibration import calibration_pairs
-        from fuseengine.export.quantize import quantise_stages
-
-        quantised = quantise_stages(
-            self.program,
-            self.stages,
-            calibration_pairs(self.program, self.calibration),
-            guard_db=self.settings.guard_db,
-            max_error=self.settings.max_error,
-            check=self.pairs,
-            references=self.references,
-            threads=self.settings.threads,
-        )
-        self.stages.int8 = dict(quantised.networks)
 
     def _run(self, networks: dict[StageVariant, bytes]) -> tuple[float, float]:
         """Worst PSNR and largest error of the program with these networks."""

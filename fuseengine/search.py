@@ -102,7 +102,7 @@ def search(
         FrameError: a calibration pair cannot be used.
     """
     references, eager_ms = reference_pictures(stages.model, pairs, settings)
-    int8 = _Int8(program, stages, settings, calibration)
+    int8 = Int8Networks(program, stages, settings, calibration)
     candidates: list[Candidate] = []
     trials: list[_Trial] = []
     for backend, precision, reason in _candidates(settings, trials, eager_ms):
@@ -149,8 +149,12 @@ def search(
     return choice, report, executor
 
 
-class _Int8:
-    """Quantised networks of the stages, made when the first candidate needs them."""
+class Int8Networks:
+    """Quantised networks of the stages, made when the first candidate needs them.
+
+    Attributes:
+        record: how they were made, for the report; None before.
+    """
 
     def __init__(
         self,

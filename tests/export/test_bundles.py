@@ -120,6 +120,9 @@ def test_int8(quickly):
     made = quickly(precision="int8", guard_db=15)
     assert made.precision == "int8" and set(kinds(made.path)) == {"fp32", "int8"}
     with Bundle(made.path) as opened:
+        record = opened.description.report.quantised
+    assert record is not None and record["pictures"].startswith("the demo pair")
+    with Bundle(made.path) as opened:
         ops = {
             node.op_type
             for key in opened.networks
