@@ -13,6 +13,7 @@ void register_simd(pybind11::module_& m);
 void register_spectral(pybind11::module_& m);
 void register_thermal(pybind11::module_& m);
 void register_warp(pybind11::module_& m);
+void register_yuv(pybind11::module_& m);
 }  // namespace fuse
 
 PYBIND11_MODULE(_native, m) {
@@ -29,4 +30,5 @@ PYBIND11_MODULE(_native, m) {
     fuse::register_spectral(m);
     fuse::register_thermal(m);
     fuse::register_warp(m);
+    fuse::register_yuv(m);
 }

@@ -26,6 +26,7 @@
 #include "storage.h"
 #include "warp.h"
 #include "wiener.h"
+#include "yuv.h"
 
 namespace {
 
@@ -408,6 +409,49 @@ void test_frames(Index h, Index w, Index to_h, Index to_w) {
     });
 }
 
+// By H.273's equations, in float64 and not rounded; frames of all 8-bit values, legal or not.
+void test_yuv(fuse::YuvFormat format, bool full_range, fuse::YuvMatrix matrix, Index h, Index w) {
+    const bool packed = format == fuse::YuvFormat::yuyv;
+    const Index bytes = packed ? 2 * h * w : h * w * 3 / 2;
+    std::vector<std::uint8_t> frame;
+    for (const float v : uniform(bytes, 19)) frame.push_back(static_cast<std::uint8_t>(v * 256));
+    const double red = matrix == fuse::YuvMatrix::bt601 ? 0.299 : 0.2126;
+    const double blue = matrix == fuse::YuvMatrix::bt601 ? 0.114 : 0.0722;
+    Doubles expected;
+    for (Index y = 0; y < h; ++y) {
+        for (Index x = 0; x < w; ++x) {
+            Index luma = y * w + x, u = 0, v = 0;
+            if (packed) {
+                luma *= 2;
+                u = 2 * (y * w + x / 2 * 2) + 1;
+                v = u + 2;
+            } else if (format == fuse::YuvFormat::nv12) {
+                u = h * w + y / 2 * w + x / 2 * 2;
+                v = u + 1;
+            } else {
+                u = h * w + y / 2 * (w / 2) + x / 2;
+                v = u + h * w / 4;
+            }
+            const double level = full_range ? frame[luma] : (frame[luma] - 16) / 219.0 * 255;
+            const double unit = full_range ? 1 : 255.0 / 224;
+            const double r = level + 2 * (1 - red) * unit * (frame[v] - 128);
+            const double b = level + 2 * (1 - blue) * unit * (frame[u] - 128);
+            const double g = (level - red * r - blue * b) / (1 - red - blue);
+            for (const double value : {r, g, b}) {
+                expected.push_back(std::min(std::max(value, 0.0), 255.0));
+            }
+        }
+    }
+    const fuse::YuvFrame image{frame.data(), h, w, packed ? 2 * w : w, format};
+    check("yuv_to_rgb " + std::to_string(h) + "x" + std::to_string(w), expected, 0.5 + 1e-4,
+          [&](float* out) {
+              std::vector<std::uint8_t> rgb(expected.size());
+              const fuse::Image<std::uint8_t> to{rgb.data(), h, w, 3, 3 * w};
+              fuse::yuv_to_rgb(image, fuse::YuvWeights(full_range, matrix), to);
+              std::copy(rgb.begin(), rgb.end(), out);
+          });
+}
+
 void test_warp(Index h, Index w) {
     const Floats x = normal(2 * h * w, 17);
     const Floats matrix = {0.9f, 0.1f, 0.4f, -0.05f, 1.1f, -0.3f, 1e-3f, -2e-3f, 1.0f};
@@ -452,6 +496,15 @@ int main() {
     test_frames(5, 7, 8, 12);
     test_frames(1, 1, 4, 4);
     test_frames(33, 50, 33, 50);
+    for (const auto format :
+         {fuse::YuvFormat::yuyv, fuse::YuvFormat::nv12, fuse::YuvFormat::i420}) {
+        for (const auto matrix : {fuse::YuvMatrix::bt601, fuse::YuvMatrix::bt709}) {
+            for (const bool full_range : {false, true}) {
+                test_yuv(format, full_range, matrix, 2, 2);
+                test_yuv(format, full_range, matrix, 38, 1030);  // more than a block and a range
+            }
+        }
+    }
     test_warp(9, 13);
     test_warp(1, 5);
     std::printf("%d cases, %d failures\n", cases, failures);

@@ -1,7 +1,8 @@
 /* A program in C that feeds frames to FuseEngine through shared memory: a made-up thermal camera, a
  * warm spot that circles over a cold wall, 640x512 counts of 16 bits, 30 times a second.
  *
- *     cc -O2 -I csrc examples/thermal_camera.c -o thermal_camera -lm -lrt
+ *     cc -O2 -I"$(python -c 'import fuseengine.video as v; print(v.include_dir())')" \
+ *         examples/thermal_camera.c -o thermal_camera -lm -lrt
  *     ./thermal_camera thermal 300 &
  *     fuseengine video --infrared shm://thermal --visible ... --agc percentile -o fused.mp4
  *

@@ -227,6 +227,8 @@ class Alignment:
     Attributes:
         size: (height, width) of the result.
         covered: share of the result that the infrared picture covers, 0 to 1.
+        keeps_visible: whether the grid is the visible camera's own, so that its frames stay as they
+            are.
     """
 
     def __init__(
@@ -238,6 +240,7 @@ class Alignment:
         (height, width), (h, w) = rig.visible.size, self.size
         scale = _scaling(width / w, height / h)
         self._visible = _coordinates(rig.visible, scale, self.size)
+        self.keeps_visible = self._visible.ndim == 2 and np.array_equal(self._visible, np.eye(3))
         self._infrared = _coordinates(rig.infrared, rig.homography @ scale, self.size)
         places = _places(self._infrared, self.size)
         rows, columns = rig.infrared.size
@@ -283,6 +286,12 @@ class Alignment:
         frame = _usable("infrared", frame, self.rig.infrared.size)
         out = np.empty((1, *self.size), np.float32)
         scale = 1.0 if table is not None else 1.0 / _FULL_SCALE[frame.dtype.name]
+        # The pass would make four look-ups per place of the grid.
+        first = table is not None and frame.dtype.kind == "u" and frame.size < out.size
+        if table is not None and first and frame.ndim == 2:
+            looked_up = np.empty(frame.shape, np.float32)
+            _native.look_up(frame, table, looked_up)
+            frame, table = looked_up, None
         if not _native.frame_warp(
             frame,
             self._infrared,
@@ -296,12 +305,16 @@ class Alignment:
         return out[0]
 
     def visible(self, frame: NDArray[Any]) -> NDArray[Any]:
-        """The visible frame on the grid, in its own dtype.
+        """The visible frame on the grid, in its own dtype; the frame itself if it is there already.
 
         Raises:
             SizeMismatchError, FrameError: see :meth:`__call__`.
         """
         frame = _usable("visible", frame, self.rig.visible.size)
+        if self.keeps_visible:
+            if frame.dtype.kind == "f" and not np.isfinite(frame).all():
+                raise FrameError("visible frame: got NaN or infinity; expected finite numbers")
+            return frame
         kept = np.empty((*self.size, *frame.shape[2:]), frame.dtype)
         if not _native.frame_warp(
             frame,

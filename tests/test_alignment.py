@@ -143,3 +143,30 @@ class TestBadRigs:
         path.write_bytes(content)
         with pytest.raises(SettingError, match="cannot be read as a rig file"):
             Rig.load(path)
+
+
+class TestShortWays:
+    """What is not done where it would change nothing."""
+
+    def rig(self, distortion=()):
+        camera = Camera((60, 80), np.array([[90.0, 0, 40], [0, 90, 30], [0, 0, 1]]), distortion)
+        return Rig(Camera((30, 40)), camera, np.diag([0.5, 0.5, 1.0]))
+
+    def test_frames_on_their_own_grid_stay(self):
+        frame = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+        align = Alignment(self.rig())
+        assert align.keeps_visible and align.visible(frame) is frame
+        assert not Alignment(self.rig(), (30, 40)).keeps_visible
+        assert not Alignment(self.rig((0.1, 0, 0, 0, 0))).keeps_visible
+        with pytest.raises(FrameError, match="NaN"):
+            align.visible(np.full((60, 80), np.nan, np.float32))
+
+    @pytest.mark.parametrize("size", [(60, 80), (20, 30)])
+    def test_look_up_first_or_on_the_way(self, size):
+        """Enlarged or made smaller: the same picture as from counts that were looked up before."""
+        counts = np.random.default_rng(0).integers(0, 65536, (30, 40), np.uint16)
+        table = np.sqrt(np.linspace(0, 1, 65536, dtype=np.float32))
+        align = Alignment(self.rig(), size)
+        np.testing.assert_allclose(
+            align.infrared(counts, table=table), align.infrared(table[counts]), atol=1e-6
+        )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fuseengine.video import open_source
+from fuseengine.video import include_dir, open_source
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -78,7 +78,7 @@ def test_a_camera_written_in_c(tmp_path):
     if compiler is None:
         pytest.skip("needs a C compiler")
     program, name = tmp_path / "thermal_camera", f"fuse-example-{tmp_path.name}"
-    flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-O2", "-I", str(EXAMPLES.parent / "csrc")]
+    flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-O2", "-I", str(include_dir())]
     code = str(EXAMPLES / "thermal_camera.c")
     subprocess.run([compiler, *flags, code, "-o", str(program), "-lm", "-lrt"], check=True)
     camera = subprocess.Popen([str(program), name, "300"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fuseengine.video.events import Event
 from fuseengine.video.frames import CameraFrame, Colour, FusedFrame, Picture
+from fuseengine.video.shared_memory import include_dir
 from fuseengine.video.sinks import Sink, open_sink
 from fuseengine.video.sources import Source, open_source
 from fuseengine.video.statistics import StreamStats
@@ -23,6 +24,7 @@ __all__ = [
     "Source",
     "Stream",
     "StreamStats",
+    "include_dir",
     "open_sink",
     "open_source",
 ]

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from fuseengine import _native
 from fuseengine.errors import FrameError
 
 Image = NDArray[Any]
@@ -70,7 +71,7 @@ class Picture:
         plane = _luma_plane(self.image, self.format)
         if self.colour.full_range:
             return plane
-        return np.take(_to_full(), plane, mode="clip")
+        return _look_up(plane, _to_full())
 
     def rgb(self) -> Image:
         """uint8 (H, W, 3). "gray16" keeps its upper eight bits."""
@@ -174,17 +175,18 @@ def with_luma(luma: NDArray[np.uint8], picture: Picture) -> Image:
     Returns:
         A new array of the picture's shape.
     """
-    if not picture.colour.full_range:
-        luma = np.take(_from_full(), luma, mode="clip")
     image = picture.image
     if picture.format == "yuyv":
         out = image.copy()
-        out[..., 0] = luma
+        out[..., 0] = luma if picture.colour.full_range else _look_up(luma, _from_full())
         return out
     height = luma.shape[0]
-    out = np.empty_like(image)
-    out[:height] = luma
+    out = np.empty(image.shape, np.uint8)
     out[height:] = image[height:]
+    if picture.colour.full_range:
+        out[:height] = luma
+    else:
+        _look_up(luma, _from_full(), out[:height])
     return out
 
 
@@ -202,42 +204,22 @@ def _from_full() -> NDArray[np.uint8]:
     return np.rint(np.arange(256) * (219 / 255) + 16).astype(np.uint8)
 
 
-_WEIGHTS = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}
-"""Of red and blue in luma."""
+def _look_up(
+    plane: Image, table: NDArray[np.uint8], out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    out = np.empty(plane.shape, np.uint8) if out is None else out
+    _native.look_up(np.ascontiguousarray(plane), table, out)
+    return out
 
 
 def _yuv_to_rgb(picture: Picture) -> NDArray[np.uint8]:
     """Each chroma sample stands for the pixels it covers, without interpolation."""
-    height, width = picture.size
-    u, v = (plane.astype(np.float32) - 128 for plane in _chroma(picture))
-    y = _luma_plane(picture.image, picture.format).astype(np.float32)
-    if not picture.colour.full_range:
-        y = (y - 16) * np.float32(255 / 219)
-        u, v = u * np.float32(255 / 224), v * np.float32(255 / 224)
-    red, blue = _WEIGHTS[picture.colour.matrix]
-    green = 1 - red - blue
-    tall = 1 if picture.format == "yuyv" else 2
-    changes = (
-        2 * (1 - red) * v,
-        -(2 * (1 - red) * red / green) * v - (2 * (1 - blue) * blue / green) * u,
-        2 * (1 - blue) * u,
+    out = np.empty((*picture.size, 3), np.uint8)
+    _native.yuv_to_rgb(
+        np.ascontiguousarray(picture.image),
+        out,
+        format=picture.format,
+        full_range=picture.colour.full_range,
+        matrix=picture.colour.matrix,
     )
-    out = np.empty((height, width, 3), np.uint8)
-    for channel, change in enumerate(changes):
-        plane = change.repeat(2, axis=1)
-        plane = plane.repeat(tall, axis=0) if tall > 1 else plane
-        plane += y
-        np.clip(np.rint(plane, out=plane), 0, 255, out=plane)
-        out[..., channel] = plane
     return out
-
-
-def _chroma(picture: Picture) -> tuple[Image, Image]:
-    """U and V, each (H or H / 2, W / 2)."""
-    image, (height, width) = picture.image, picture.size
-    if picture.format == "yuyv":
-        return image[:, 0::2, 1], image[:, 1::2, 1]
-    if picture.format == "nv12":
-        return image[height:, 0::2], image[height:, 1::2]
-    planes = image[height:].reshape(2, height // 2, width // 2)
-    return planes[0], planes[1]

@@ -1,7 +1,7 @@
 """Frames from and for other processes: rings in POSIX shared memory.
 
 The memory's layout, and functions for C and C++ programs, are in ``csrc/fuse_shm.h``; this module
-runs the same functions.
+runs the same functions. The header is installed with the package: :func:`include_dir`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,18 @@ class SharedMemoryWriter:
             ) from None
         if old is not None:
             old.close()
+
+
+def include_dir() -> Path:
+    """The folder of ``fuse_shm.h``, for C and C++ programs that feed or read ``shm://`` frames.
+
+    ``cc camera.c -I"$(python -c 'import fuseengine.video as v; print(v.include_dir())')" -lrt``
+
+    Returns:
+        An absolute path. The header has the version of the installed native module.
+    """
+    # The build installs both, also where the package itself is run from its source.
+    return Path(_native.__file__).resolve().parent / "include"
 
 
 def _rings() -> Any:

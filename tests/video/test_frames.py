@@ -80,6 +80,24 @@ def test_rgb_is_what_ffmpeg_makes_of_it(name, colour):
     assert np.abs(ours.astype(int) - expected).max() <= 3
 
 
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_slices_are_frames_too(name, full_range):
+    """Padded rows, rows upside down, every other pixel: as the same frame in memory of its own."""
+    image = RNG.integers(0, 256, SHAPES[name], np.uint8)
+    padded = np.zeros((image.shape[0], 11, *image.shape[2:]), np.uint8)
+    padded[:, :8] = image
+    spread = np.repeat(image, 2, axis=1)
+    luma = RNG.integers(0, 256, (6, 16), np.uint8)[:, ::2]
+    whole = Picture(image, name, Colour(full_range))
+    for view in (padded[:, :8], image[::-1].copy()[::-1], spread[:, ::2]):
+        np.testing.assert_array_equal(view, image)
+        part = Picture(view, name, Colour(full_range))
+        np.testing.assert_array_equal(part.rgb(), whole.rgb())
+        np.testing.assert_array_equal(part.luma(), whole.luma())
+        np.testing.assert_array_equal(with_luma(luma, part), with_luma(luma.copy(), whole))
+
+
 def test_gray_and_rgb():
     gray = RNG.integers(0, 256, (3, 4), np.uint8)
     assert (Picture(gray, "gray8").rgb() == gray[..., None]).all()

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from fuseengine.errors import SinkError, SourceError
-from fuseengine.video import Colour, Picture, open_source
+from fuseengine.video import Colour, Picture, include_dir, open_source
 from fuseengine.video.shared_memory import SharedMemoryWriter
 from tests.helpers import ROOT
 from tests.video.conftest import SIZE, moving
@@ -226,12 +226,19 @@ def program(tmp_path_factory):
     source = Path(__file__).with_name("shm_program.c")
     flags = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]
     done = subprocess.run(
-        [compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target), "-lrt"],
+        [compiler, *flags, f"-I{include_dir()}", str(source), "-o", str(target), "-lrt"],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     return target
+
+
+def test_header_is_the_one_that_was_built():
+    folder = include_dir()
+    assert folder.is_absolute()
+    assert [file.name for file in folder.iterdir()] == ["fuse_shm.h"]
+    assert (folder / "fuse_shm.h").read_bytes() == (ROOT / "csrc" / "fuse_shm.h").read_bytes()
 
 
 class TestC:
