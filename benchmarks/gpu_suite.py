@@ -127,6 +127,21 @@ def op_benchmark(dtype: str, *, dry: bool) -> Part:
     return Part(f"ops {dtype}", command, 150, 60)
 
 
+def stream_benchmark(model: str, size: str, *, dry: bool) -> Part:
+    """A stream with two frames under way beside one that calls the engine.
+
+    Args:
+        model: configuration.
+        size: HEIGHTxWIDTH.
+        dry: left out, because copies are the GPU's.
+    """
+    command = ["-m", "benchmarks.stream", "--only", "pipelining", "--device", "cuda"]
+    command += ["--model", model, "--size", size, "--rounds", "12"]
+    command += ["--out", f"{{work}}/results/stream-{size}"]
+    skip = "a CPU has no copies that could overlap" if dry else ""
+    return Part(f"stream {model} {size}", command, 90, 30, skip=skip)
+
+
 def parts(args: argparse.Namespace) -> list[Part]:
     """Everything after the installation, the most telling first."""
     dry = args.dry_run
@@ -165,6 +180,8 @@ def parts(args: argparse.Namespace) -> list[Part]:
     plan.append(op_benchmark("float32", dry=dry))
     for model in ("drfusion-m", "drfusion"):
         plan.append(benchmark(model, _HD, quick, limit_s=75, dry=dry))
+    for size in (_VGA, _HD):
+        plan.append(stream_benchmark("drfusion-s", size, dry=dry))
     words = [*pytest, "tests/gpu/test_inductor.py"]
     plan.append(Part("tests of inductor", words, 150, 60, check=passed))
     if dry:

@@ -15,6 +15,7 @@ import numpy as np
 from fuseengine.backends import BACKENDS, StageSource
 from fuseengine.description import Choice
 from fuseengine.errors import FrameError, SettingError, SizeMismatchError
+from fuseengine.pipelined import Pipelined
 from fuseengine.program import Program, StageVariant, resolve
 from fuseengine.report import Profile, Report
 from fuseengine.runtime import gpu_frames
@@ -124,6 +125,23 @@ class Engine:
             return pair.restore(results)
         out[...] = pair.restore(results)
         return out
+
+    def pipelined(self) -> Pipelined:
+        """For frames one after the other on a GPU: copies of one while another is computed.
+
+        Returns:
+            A pipeline, to be closed; it takes frames of the host and gives the pictures that calls
+            of the engine give. See :class:`fuseengine.pipelined.Pipelined`.
+
+        Raises:
+            SettingError: the engine runs on the CPU, where there is nothing to overlap.
+        """
+        if self.device == "cpu":
+            raise SettingError(
+                "a pipeline of an engine on the CPU, where there is nothing to overlap; expected "
+                "one on a GPU: call the engine itself"
+            )
+        return Pipelined(self._checked_plan, self._lock)
 
     def profile(self, runs: int = 20, size: tuple[int, int] | None = None) -> Profile:
         """Time the engine's parts on a synthetic pair.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import fuseengine.kernels as kernels
 from fuseengine.errors import CaptureError
 from fuseengine.models.pictures import stretch
 from fuseengine.program import Node
+from fuseengine.runtime.lanes import Mark
 
 Call = Callable[[], object]
 
@@ -29,6 +30,7 @@ class TorchDevice:
     def __init__(self, device: str = "cuda") -> None:
         self.device = torch.device(device)
         self._staging: dict[int, Tensor] = {}
+        self._lanes: TorchLanes | None = None
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         """A float32 tensor of zeros."""
@@ -110,6 +112,9 @@ class TorchDevice:
 
     def send(self, array: Tensor) -> None:
         """Copy without waiting."""
+        if self._lanes is not None:
+            # Frames in the lanes use the same buffers; the caller's stream may be another.
+            self._lanes.hold_back_current()
         array.copy_(self.staging([array])[0], non_blocking=True)
 
     def fetch(self, array: Tensor) -> NDArray[np.float32]:
@@ -123,6 +128,82 @@ class TorchDevice:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def lanes(self) -> TorchLanes:
+        """Streams for copies beside the default stream, where others compute as well."""
+        if self._lanes is None:
+            self._lanes = TorchLanes(self.device)
+        return self._lanes
+
+
+class TorchLane:
+    """A CUDA stream; None on "cpu", where everything is done at once."""
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self.stream = stream
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        with self.active():
+            target.copy_(source, non_blocking=True)
+
+    send = copy = fetch = _copy
+
+    def record(self, mark: Mark) -> None:
+        """See :class:`fuseengine.runtime.lanes.Lane`."""
+        if self.stream is not None:
+            cast(torch.cuda.Event, mark).record(self.stream)
+
+    def after(self, mark: Mark) -> None:
+        """Likewise."""
+        if self.stream is not None:
+            self.stream.wait_event(cast(torch.cuda.Event, mark))
+
+    def active(self) -> AbstractContextManager[object]:
+        """The stream is PyTorch's current one."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+
+class TorchLanes:
+    """A stream for each way of copying; computation stays on the default stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        streams: list[torch.cuda.Stream | None] = [None] * 3
+        if device.type == "cuda":
+            # Such streams do not wait for the default one, nor does it for them.
+            side = [torch.cuda.Stream(device) for _ in range(2)]
+            streams = [side[0], torch.cuda.default_stream(device), side[1]]
+        self.into, self.compute, self.out = map(TorchLane, streams)
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of any values."""
+        with self.compute.active():
+            return torch.empty(shape, device=self.device)
+
+    def pinned(self, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of the host."""
+        return torch.empty(shape, pin_memory=self.device.type == "cuda")
+
+    def mark(self) -> Mark:
+        """An event that lets a waiting thread sleep: the processor has other frames to prepare."""
+        return torch.cuda.Event(blocking=True) if self.device.type == "cuda" else _Reached()
+
+    def synchronize(self) -> None:
+        """Wait for the default stream."""
+        if self.compute.stream is not None:
+            self.compute.stream.synchronize()
+
+    def hold_back_current(self) -> None:
+        """What the calling thread queues comes after the frames in the lanes."""
+        if self.compute.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.compute.stream)
+
+
+class _Reached:
+    """A mark where nothing is ever queued."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
 
 
 def _scalar(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from fuseengine.program import Node
 from fuseengine.runtime import ops
 from fuseengine.runtime.cubins import Store
 from fuseengine.runtime.executor import Call
+from fuseengine.runtime.lanes import Mark
 from fuseengine.runtime.launches import FILE, BoundLaunch, Launches, OpCall, frame_key, key_of
 
 log = logging.getLogger("fuseengine")
@@ -82,6 +83,7 @@ class CupyDevice:
                 self._launches = Launches.load(self._store.folder)
         self._staged: dict[int, tuple[Any, NDArray[np.float32]]] = {}
         self._conversions: dict[str, list[BoundLaunch] | None] = {}
+        self._lanes: CupyLanes | None = None
         self.why_no_graph = ""
 
     # --- the executor's protocol ------------------------------------------------------------------
@@ -202,6 +204,12 @@ class CupyDevice:
     def synchronize(self) -> None:
         """Wait for the stream."""
         self.stream.synchronize()
+
+    def lanes(self) -> CupyLanes:
+        """Streams for copies beside the device's own."""
+        if self._lanes is None:
+            self._lanes = CupyLanes(self)
+        return self._lanes
 
     # --- ops --------------------------------------------------------------------------------------
 
@@ -346,6 +354,68 @@ class CupyDevice:
                 "uint16, of the engine's size: convert it, or hand over a NumPy array"
             )
         return launches
+
+
+class CupyLane:
+    """A stream of a device."""
+
+    def __init__(self, device: CupyDevice, stream: Any) -> None:
+        self._device, self.stream = device, stream
+
+    def send(self, array: Any, host: Any) -> None:
+        """See :class:`fuseengine.runtime.lanes.Lane`."""
+        array.data.copy_from_host_async(host.ctypes.data, host.nbytes, self.stream)
+
+    def copy(self, target: Any, source: Any) -> None:
+        """Likewise."""
+        target.data.copy_from_device_async(source.data, target.nbytes, self.stream)
+
+    def fetch(self, host: Any, array: Any) -> None:
+        """Likewise."""
+        array.data.copy_to_host_async(host.ctypes.data, host.nbytes, self.stream)
+
+    def record(self, mark: Mark) -> None:
+        """Likewise."""
+        cast(Any, mark).record(self.stream)
+
+    def after(self, mark: Mark) -> None:
+        """Likewise."""
+        self.stream.wait_event(mark)
+
+    def active(self) -> contextlib.AbstractContextManager[object]:
+        """The GPU is current, and the device's stream: executors run nowhere else."""
+        return self._device.active()
+
+
+class CupyLanes:
+    """A stream for each way of copying; computation stays on the device's."""
+
+    def __init__(self, device: CupyDevice) -> None:
+        self._device, self._cp = device, device._cp
+        with device.active():
+            into, out = (self._cp.cuda.Stream(non_blocking=True) for _ in range(2))
+        self.into, self.out = CupyLane(device, into), CupyLane(device, out)
+        self.compute = CupyLane(device, device.stream)
+
+    def empty(self, shape: tuple[int, ...]) -> Any:
+        """An array of zeros."""
+        return self._device.empty(shape)
+
+    def pinned(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """An array of the host."""
+        import cupyx
+
+        with self._device.active():
+            return np.asarray(cupyx.empty_pinned(shape, np.float32))
+
+    def mark(self) -> Mark:
+        """An event that lets a waiting thread sleep: the processor has other frames to prepare."""
+        with self._device.active():
+            return cast(Mark, self._cp.cuda.Event(block=True, disable_timing=True))
+
+    def synchronize(self) -> None:
+        """Wait for the device's stream."""
+        self._device.synchronize()
 
 
 def _numbered(arrays: Sequence[Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from fuseengine import _native
 from fuseengine.errors import CaptureError
 from fuseengine.program import Node, Program, StageVariant, resolve
 from fuseengine.runtime import ops
+from fuseengine.runtime.lanes import Lanes
 
 Call = Callable[[], object]
 
@@ -62,6 +63,9 @@ class Device(Protocol):
 
     def synchronize(self) -> None:
         """Wait until everything called has been done."""
+
+    def lanes(self) -> Lanes | None:
+        """Where copies run beside computation; None: the device is the host, and has none."""
 
 
 class CpuDevice:
@@ -119,6 +123,9 @@ class CpuDevice:
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
+
+    def lanes(self) -> None:
+        """None: there is nothing to copy."""
 
 
 @dataclass(frozen=True)

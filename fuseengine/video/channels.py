@@ -36,10 +36,15 @@ class Channel(Generic[T]):
         self._capacity, self._newest = capacity, newest
         self._changed = threading.Condition()
         self._finished = False
+        self._promised, self._takers = 0, 0
         self.dropped = 0
 
-    def put(self, item: T) -> None:
+    def put(self, item: T, *, promised: bool = False) -> None:
         """Add an item.
+
+        Args:
+            item: what to add.
+            promised: room for it was reserved.
 
         Raises:
             Finished: the channel was closed.
@@ -54,6 +59,30 @@ class Channel(Generic[T]):
             if self._finished:
                 raise Finished
             self._items.append(item)
+            self._promised -= promised
+            self._changed.notify_all()
+
+    def reserve(self) -> None:
+        """Wait until one item more than those promised would be taken without waiting; promise it.
+
+        A thread that waits in :meth:`get` counts as room for one.
+
+        Raises:
+            Finished: the channel was closed.
+        """
+        with self._changed:
+            while not self._finished and (
+                len(self._items) + self._promised >= self._capacity + self._takers
+            ):
+                self._changed.wait()
+            if self._finished:
+                raise Finished
+            self._promised += 1
+
+    def forgo(self) -> None:
+        """A promised item does not come."""
+        with self._changed:
+            self._promised -= 1
             self._changed.notify_all()
 
     def wait_for_room(self) -> None:
@@ -81,7 +110,10 @@ class Channel(Generic[T]):
             while not self._items:
                 if self._finished:
                     raise Finished
+                self._takers += 1
+                self._changed.notify_all()
                 self._changed.wait()
+                self._takers -= 1
             item = self._items.popleft()
             while skip is not None and self._items and skip(item):
                 self.dropped += 1

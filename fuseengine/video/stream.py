@@ -9,6 +9,11 @@
 Four threads beside the consumer's; between them bounded channels. Where cameras are live, or a
 deadline is given, nobody waits for room: what is newer takes the place of what waits, and is
 counted. Otherwise nothing is dropped, and the fastest waits for the slowest.
+
+On a GPU fusing is two threads, one that queues frames and one that takes the results, with two
+frames under way (:mod:`fuseengine.pipelined`). Of a recording, the next frame is copied to the GPU
+while one is computed. Of live cameras, a pair is chosen when the GPU has nothing left to compute,
+so that it is no older than it would be otherwise; then copies of the frame before go on meanwhile.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -32,6 +37,7 @@ from fuseengine.errors import (
     SizeMismatchError,
     SourceError,
 )
+from fuseengine.pipelined import SLOTS, Pipelined
 from fuseengine.runtime.frames import range_bounds
 from fuseengine.temporal import Memory
 from fuseengine.thermal import ThermalInput
@@ -69,6 +75,39 @@ class _Prepared:
     infrared: Image
     visible: Image
     keeps_chroma: bool
+
+
+class _Result(Protocol):
+    """Of the engine, for a pair: there, or on its way (:class:`fuseengine.pipelined.Ticket`)."""
+
+    def computed(self) -> None:
+        """Wait until the engine could compute another pair."""
+
+    def result(self) -> Image:
+        """Wait for the fused image; called once."""
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A result that is there."""
+
+    image: Image
+
+    def computed(self) -> None:
+        """It is."""
+
+    def result(self) -> Image:
+        """The image."""
+        return self.image
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A pair that the engine has taken, and when."""
+
+    prepared: _Prepared
+    begin_s: float
+    result: _Result
 
 
 class Stream:
@@ -128,7 +167,8 @@ class Stream:
                 frame is YUV again.
             thermal: gain control and corrections of the infrared camera's counts.
             alignment: samples both cameras' frames on its grid, which is what the engine fuses and
-                the fused frames show; RGB then, of a grey visible camera grey.
+                the fused frames show; RGB then, of a grey visible camera grey, unless that grid is
+                the visible camera's own.
             resize: "infrared" resamples infrared frames to the visible ones' size.
             infrared_range: as for the engine: what counts are black and white.
             temporal: "warm": each frame starts from what the one before became and needs fewer
@@ -156,7 +196,7 @@ class Stream:
         # Gain control works on counts, whatever the engine takes.
         plain_infrared = self._plain if thermal is None else CameraFrame.luma
         self._prepare = (prepare_infrared or plain_infrared, prepare_visible or self._plain)
-        self._own_visible = prepare_visible is None and alignment is None
+        self._own_visible = prepare_visible is None and _keeps_visible(alignment)
         self._own_sizes = prepare_infrared is None and prepare_visible is None
         self.thermal, self.alignment, self.resize = thermal, alignment, resize
         self.options: dict[str, Any] = {}
@@ -229,6 +269,17 @@ class Stream:
         with self._telling:
             self._on_event(event)
 
+    def pipeline(self) -> Pipelined | None:
+        """For a run that overlaps copies with computation; None: the engine is called.
+
+        That is so on the CPU, where there are no copies, and where a frame starts from the one
+        before.
+        """
+        if self.memory is not None or getattr(self.engine, "device", "cpu") == "cpu":
+            return None
+        make = getattr(self.engine, "pipelined", None)
+        return None if make is None else make()
+
     def infrared(self, frame: CameraFrame) -> Image:
         """What the engine gets of an infrared frame."""
         image, align = self._prepare[INFRARED](frame), self.alignment
@@ -246,6 +297,8 @@ class Stream:
         """What the engine gets of a visible frame."""
         if self.alignment is None:
             return self._prepare[VISIBLE](frame)
+        if self._own_visible:
+            return self._plain(frame)
         return self.alignment.visible(frame.rgb() if frame.format in YUV else frame.image)
 
     def seen(self, visible: tuple[int, int]) -> tuple[int, int]:
@@ -289,6 +342,8 @@ class _Run:
         self._sources: list[Source] = []
         self._threads: list[threading.Thread] = []
         self._error: BaseException | None = None
+        self._pipeline: Pipelined | None = None
+        self._refusing = False
         self._closing = threading.Lock()
         self._closed = False
         try:
@@ -299,10 +354,11 @@ class _Run:
             self._live = self._match_clocks()
             self._sizes = [source.size for source in self._sources]
             self._check_sizes()
+            self._pipeline = stream.pipeline()
             self._engine_ms = self._warm_up()
             self._check_deadline()
         except BaseException:
-            self._close_sources()
+            self._close_ends()
             raise
         self._pairer = Pairer(
             None if stream.tolerance_ms is None else stream.tolerance_ms / 1e3,
@@ -310,6 +366,7 @@ class _Run:
             (self._sources[INFRARED].rate, self._sources[VISIBLE].rate),
         )
         self._prepared: Channel[_Prepared] = Channel(stream.queue, newest=self._live)
+        self._begun: Channel[_Begun] = Channel(SLOTS - 1, newest=False)
         self._fused: Channel[FusedFrame] = Channel(1, newest=False)
 
     def frames(self) -> Iterator[FusedFrame]:
@@ -336,14 +393,16 @@ class _Run:
             for source in self._sources:
                 source.stop()
             if not started:
-                self._close_sources()
+                self._close_ends()
                 return
             self._box.close()
-            self._prepared.close()
-            self._fused.close()
+            for channel in (self._prepared, self._begun, self._fused):
+                channel.close()
             for thread in self._threads:
                 # A camera's driver may hold its thread longer; it is a daemon.
                 thread.join(_JOIN_S)
+            if self._pipeline is not None:
+                self._pipeline.close()
             self._count()
 
     # --- before it starts -------------------------------------------------------------------------
@@ -399,12 +458,12 @@ class _Run:
         visible = rng.integers(0, 256, planes[0], np.uint8)
         infrared = rng.integers(0, 256, size, np.uint8)
         options = {k: v for k, v in stream.options.items() if k != "infrared_range"}
-        stream.engine(infrared, visible, **options)
+        self._begin(infrared, visible, options).result()
         times: list[float] = []
         begin = time.perf_counter()
         while len(times) < _WARM_RUNS and time.perf_counter() - begin < _WARM_BUDGET_S:
             start = time.perf_counter()
-            stream.engine(infrared, visible, **options)
+            self._begin(infrared, visible, options).result()
             times.append((time.perf_counter() - start) * 1e3)
         stream.forget()
         return statistics.median(times)
@@ -459,7 +518,11 @@ class _Run:
                 (f"capture {name}", functools.partial(self._capture, camera))
                 for camera, name in enumerate(CAMERAS)
             ]
-            work += [("prepare", self._prepare), ("fuse", self._fuse)]
+            work.append(("prepare", self._prepare))
+            if self._pipeline is None:
+                work.append(("fuse", self._fuse))
+            else:
+                work += [("queue", self._queue), ("collect", self._collect)]
             for name, function in work:
                 self._threads.append(
                     threading.Thread(
@@ -482,7 +545,10 @@ class _Run:
                 source.stop()
             self._box.close()
             self._prepared.close()
-            self._fused.finish()
+            if self._pipeline is None:
+                self._fused.finish()
+            else:
+                self._begun.finish()  # what is under way is handed over before
 
     def _capture(self, camera: int) -> None:
         source, counts = self._sources[camera], self.stats.cameras[camera]
@@ -552,31 +618,76 @@ class _Run:
         return _Prepared(pair, infrared, visible, stream.keeps_chroma(pair.visible))
 
     def _fuse(self) -> None:
-        skip = self._would_be_late if self._live and self.stream.deadline_ms is not None else None
-        refusing = False
+        """Call the engine for one pair after the other."""
         try:
             while True:
                 # A pair is chosen once its result can be handed over: no older than need be.
                 self._fused.wait_for_room()
-                prepared = self._prepared.get(skip)
-                begin = time.perf_counter()
-                try:
-                    image = self.stream.engine(
-                        prepared.infrared, prepared.visible, **self.stream.options
-                    )
-                except FrameError as error:
-                    self.stats.refused += 1
-                    if not refusing:
-                        self._tell("refused", None, f"the engine refuses a pair: {error}")
-                    refusing = True
-                    continue
-                refusing = False
-                took = (time.perf_counter() - begin) * 1e3
-                if self._live:
-                    self._engine_ms += 0.1 * (took - self._engine_ms)
-                self._fused.put(self._fused_frame(prepared, image))
+                begun = self._begun_pair()
+                if begun is not None:
+                    self._fused.put(self._finished(begun))
         finally:
             self._fused.finish()
+
+    def _queue(self) -> None:
+        """Like :meth:`_fuse` up to where one would wait for the result."""
+        ahead: _Begun | None = None
+        try:
+            while True:
+                # With one waiting here and one that is being collected, all slots are taken.
+                self._begun.wait_for_room()
+                if self._live:
+                    if ahead is not None:
+                        ahead.result.computed()
+                    self._fused.reserve()
+                begun = self._begun_pair()
+                if begun is not None:
+                    self._begun.put(begun)
+                    ahead = begun
+                elif self._live:
+                    self._fused.forgo()
+        finally:
+            self._begun.finish()
+
+    def _collect(self) -> None:
+        """Hand over what is under way, in its order."""
+        try:
+            while True:
+                frame = self._finished(self._begun.get())
+                self._fused.put(frame, promised=self._live)
+        finally:
+            self._begun.close()
+            self._fused.finish()
+
+    def _begun_pair(self) -> _Begun | None:
+        """Give the engine the next pair; None: it refuses that."""
+        skip = self._would_be_late if self._live and self.stream.deadline_ms is not None else None
+        prepared = self._prepared.get(skip)
+        begin_s = time.perf_counter()
+        try:
+            result = self._begin(prepared.infrared, prepared.visible, self.stream.options)
+        except FrameError as error:
+            self.stats.refused += 1
+            if not self._refusing:
+                self._tell("refused", None, f"the engine refuses a pair: {error}")
+            self._refusing = True
+            return None
+        self._refusing = False
+        return _Begun(prepared, begin_s, result)
+
+    def _begin(self, infrared: Image, visible: Image, options: dict[str, Any]) -> _Result:
+        # What a preparation put on the GPU is there already.
+        on_host = isinstance(infrared, np.ndarray) and isinstance(visible, np.ndarray)
+        if self._pipeline is not None and on_host:
+            return self._pipeline.submit(infrared, visible, **options)
+        return _Ready(self.stream.engine(infrared, visible, **options))
+
+    def _finished(self, begun: _Begun) -> FusedFrame:
+        image = begun.result.result()
+        took = (time.perf_counter() - begun.begin_s) * 1e3
+        if self._live:
+            self._engine_ms += 0.1 * (took - self._engine_ms)
+        return self._fused_frame(begun.prepared, image)
 
     def _would_be_late(self, prepared: _Prepared) -> bool:
         age_ms = (time.monotonic() - self._captured(prepared.pair)) * 1e3
@@ -621,13 +732,20 @@ class _Run:
             counts.broken, counts.missed = source.broken, source.missed
             counts.reconnects = source.reconnects
 
-    def _close_sources(self) -> None:
+    def _close_ends(self) -> None:
         for source in self._sources:
             source.stop()
             source.close()
+        if self._pipeline is not None:
+            self._pipeline.close()
 
     def _tell(self, kind: Kind, camera: int | None, message: str) -> None:
         self.stream.tell(Event(kind, "" if camera is None else CAMERAS[camera], message))
+
+
+def _keeps_visible(alignment: Alignment | None) -> bool:
+    """Whether visible frames reach the engine as they are: YUV ones stay YUV."""
+    return alignment is None or alignment.keeps_visible
 
 
 def _by(size: tuple[int, int]) -> str:

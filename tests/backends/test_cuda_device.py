@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import fuseengine as fe
 from fuseengine.backends import BACKENDS
-from fuseengine.backends.cuda_device import _OPS, _SPECTRA, TorchDevice
+from fuseengine.backends.cuda_device import _OPS, _SPECTRA, TorchDevice, TorchLane, TorchLanes
 from fuseengine.errors import CaptureError
 from fuseengine.models.observation import Blur, Compose, Downsample, Identity
+from fuseengine.pipelined import Slot
 from fuseengine.program import Node, resolve
 from fuseengine.runtime import ops
 from fuseengine.runtime.executor import CpuDevice, Executor
@@ -168,3 +172,119 @@ def test_staging_is_made_once():
     assert first.data_ptr() != second.data_ptr()
     again = device.staging(tensors)
     assert [t.data_ptr() for t in again] == [first.data_ptr(), second.data_ptr()]
+
+
+class FakeStream:
+    """Of the order of calls only: tensors stay where they are, and are copied at once."""
+
+    def __init__(self, log, name):
+        self.log, self.name = log, name
+
+    def wait_event(self, event):
+        self.log.append(("wait", self.name, event.name))
+
+    def wait_stream(self, other):
+        self.log.append(("wait", self.name, other.name))
+
+    def synchronize(self):
+        self.log.append(("synchronize", self.name))
+
+
+class FakeEvent:
+    def __init__(self, log, blocking):
+        assert blocking, "a waiting thread would hold a processor"
+        self.log, self.name = log, ""
+
+    def record(self, stream):
+        self.name = stream.name
+        self.log.append(("record", stream.name))
+
+    def synchronize(self):
+        self.log.append(("synchronize", f"event of {self.name}"))
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """TorchDevice for a GPU that is none; what goes to which stream."""
+    log, names = [], iter(["into", "out"])
+    current = ["default"]
+    made = {"default": FakeStream(log, "default")}
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        current.append(chosen.name)
+        yield
+        current.pop()
+
+    def empty(shape, device=None, pin_memory=False, **_):
+        log.append(("pinned" if pin_memory else f"on {device and device.type}", current[-1]))
+        return torch.zeros(shape)
+
+    cuda = {
+        "Stream": lambda device: FakeStream(log, next(names)),
+        "Event": lambda blocking: FakeEvent(log, blocking),
+        "default_stream": lambda device: made["default"],
+        "current_stream": lambda device=None: made["default"],
+        "stream": stream,
+    }
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "empty", empty)
+    copy = TorchLane._copy
+
+    def logged(self, target, source):
+        with self.active():
+            log.append(("copy", current[-1]))
+        copy(self, target, source)
+
+    for name in ("send", "copy", "fetch"):
+        monkeypatch.setattr(TorchLane, name, logged)
+    device = TorchDevice("cpu")
+    monkeypatch.setattr(device, "_lanes", TorchLanes(SimpleNamespace(type="cuda")))
+    return device, log, current
+
+
+def test_what_a_slot_queues_on_which_stream(streams):
+    device, log, current = streams
+    given = [device.empty((1, 1, 4, 6)) for _ in range(2)]
+    executor = SimpleNamespace(
+        inputs=given,
+        output=device.empty((1, 1, 4, 6)),
+        run=lambda: log.append(("run", current[-1])) or executor.output.copy_(given[0] - given[1]),
+    )
+    slot = Slot(executor, device.lanes())
+    memory = [("pinned", "default")] * 2 + [("on cuda", "default")] * 3 + [("pinned", "default")]
+    assert log == [*memory, ("synchronize", "default")]
+    log.clear()
+    a, b = np.random.default_rng(0).random((2, 1, 1, 4, 6), np.float32)
+    slot.inputs[0][...], slot.inputs[1][...] = a, b
+    slot.start()
+    assert log == [
+        ("copy", "into"), ("copy", "into"), ("record", "into"), ("wait", "default", "into"),
+        ("copy", "default"), ("copy", "default"), ("run", "default"), ("copy", "default"),
+        ("record", "default"), ("wait", "out", "default"), ("copy", "out"), ("record", "out"),
+    ]  # fmt: skip
+    log.clear()
+    np.testing.assert_array_equal(slot.result(), a - b)
+    assert log == [("synchronize", "event of out")]
+    slot.computed()
+    assert log[1:] == [("synchronize", "event of default")]
+
+
+def test_other_frames_wait_for_those_in_the_lanes(streams):
+    """A caller on a stream of his own uses the same buffers."""
+    device, log, _ = streams
+    tensor = torch.zeros((1, 1, 4, 6))
+    device.send(tensor)
+    assert log.count(("wait", "default", "default")) == 1
+    device._lanes = None
+    device.send(tensor)
+    assert log.count(("wait", "default", "default")) == 1
+
+
+def test_lanes_are_made_once():
+    device = TorchDevice("cpu")
+    assert device.lanes() is device.lanes()
+    device.lanes().synchronize()
+    device.lanes().hold_back_current()
+    device.send(device.empty((2, 3)))

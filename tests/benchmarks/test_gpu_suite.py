@@ -184,8 +184,16 @@ def test_the_plan_covers_the_kernels():
         assert names.count(f"ops {dtype}") == 1
 
 
+def test_the_plan_covers_streams():
+    names = [name for name in plan() if name.startswith("stream ")]
+    assert names == ["stream drfusion-s 480x640", "stream drfusion-s 1080x1920"]
+    places = {plan()[name].command[-1] for name in names}
+    assert len(places) == 2  # results of one benchmark at two sizes do not overwrite each other
+    assert all("no copies" in plan("--dry-run")[name].skip for name in names)
+
+
 def test_every_planned_benchmark_is_a_valid_command_line():
-    from benchmarks import end_to_end
+    from benchmarks import end_to_end, stream
 
     gpu_ops = pytest.importorskip("benchmarks.gpu_ops")
     for words in ([], ["--dry-run"]):
@@ -194,6 +202,9 @@ def test_every_planned_benchmark_is_a_valid_command_line():
                 args = gpu_ops.parser().parse_args(part.command[2:])
                 assert args.device == ("cpu" if words else "cuda")
                 assert args.budget_s is None or args.budget_s + 30 <= part.limit_s
+            if "benchmarks.stream" in part.command:
+                args = stream.parser().parse_args(part.command[2:])
+                assert (args.device, args.only) == ("cuda", "pipelining")
             if "benchmarks.end_to_end" in part.command:
                 args = end_to_end.parser().parse_args(part.command[2:])
                 known = end_to_end.peers.peer_keys(args.device)

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from benchmarks import stream
+from benchmarks import harness, stream
+from tests.video.conftest import SIZE
+from tests.video.lane_engine import LaneEngine
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -26,3 +28,33 @@ def test_all_measurements(tmp_path, capsys):
     assert slow["fps"] < 17
     assert soak["fused"] == 400
     assert capsys.readouterr().out.count("soak of 400 frames 24x32") == 1
+
+
+@pytest.fixture
+def engine():
+    made = LaneEngine(6, 12)
+    yield made
+    made.on.stop()
+
+
+def test_pipelining(engine):
+    result = harness.Result("stream", "cuda", "title")
+    stream.pipelining(result, "lanes", engine, SIZE, 2)
+    called, pipelined = result.to_dict()["rows"]
+    assert called["n"] == pipelined["n"] == 96
+    assert called["p50_ms"] > 24  # two copies and a frame, one after the other
+    assert pipelined["outcome"] == "PASS" and pipelined["fps"] > 1.3 * called["fps"]
+    assert len(engine.pipelines) == 3  # eight frames to compare, and a run in each round
+
+
+def test_pipelining_compares_pictures_first(engine, monkeypatch):
+    monkeypatch.setattr(engine.adapter, "store", lambda fused, visible: visible + 1)
+    monkeypatch.setattr(type(engine), "__call__", lambda self, infrared, visible, **_: visible)
+    with pytest.raises(AssertionError, match="not the engine's"):
+        stream.pipelining(harness.Result("stream", "cuda", "title"), "lanes", engine, SIZE, 1)
+
+
+def test_pipelining_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        stream.main(["--only", "pipelining"])
+    assert "expected --device cuda" in capsys.readouterr().err

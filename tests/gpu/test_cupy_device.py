@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it compiles the k
 
 from fuseengine.kernels import recording  # noqa: E402
 from fuseengine.kernels._triton import _capability  # noqa: E402
+from fuseengine.pipelined import Pipelined  # noqa: E402
 from fuseengine.runtime import gpu_frames  # noqa: E402
 from fuseengine.runtime.cupy_device import CupyDevice  # noqa: E402
 from fuseengine.runtime.executor import CpuDevice, Executor  # noqa: E402
@@ -106,6 +109,24 @@ def test_no_allocation_inside_a_frame(engine):
     for _ in range(20):
         run(executor, planes)
     assert cupy.get_default_memory_pool().total_bytes() == before
+
+
+def test_pipelined_pictures_are_those_of_single_frames(engine, pictures):
+    adapter, executor, _, _ = engine
+    pairs = [pictures(SIZE, seed) for seed in range(12)]
+    expected = []
+    for ir, vis in pairs:
+        planes = [np.empty(x.shape, np.float32) for x in executor.inputs]
+        adapter.load(ir, vis, *planes)
+        expected.append(adapter.store(run(executor, planes), vis))
+    with Pipelined(lambda size: (adapter, executor), threading.Lock()) as pipeline:
+        for _ in range(2):
+            found = list(pipeline.map(pairs))
+            for fused, picture in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(fused, picture)
+        before = cupy.get_default_memory_pool().total_bytes()
+        list(pipeline.map(pairs))
+        assert cupy.get_default_memory_pool().total_bytes() == before
 
 
 @pytest.mark.parametrize("library", ["cupy", "torch"])

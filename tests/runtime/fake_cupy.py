@@ -3,12 +3,18 @@
 Arrays are NumPy's. What is queued on a stream happens at once and is written to ``events``; kernels
 of ours are written there with the words that the driver would get, and nobody runs them. A captured
 graph repeats what was queued while it was captured. What a real device does is in tests/gpu.
+
+With ``cuda.chance``, a ``random.Random``, streams go on by themselves by chance, as far as events
+let them, and otherwise only when the host waits for them: what a program does not order happens in
+an order that hurts sooner or later.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import types
+from collections import deque
 
 import numpy as np
 
@@ -27,6 +33,9 @@ class FakePointer:
 
     def copy_to_host_async(self, address, count, stream):
         self._copy("to host", self.ptr, address, count, stream)
+
+    def copy_from_device_async(self, source, count, stream):
+        self._copy("on device", source.ptr, self.ptr, count, stream)
 
     def _copy(self, way, source, target, count, stream):
         import ctypes
@@ -55,6 +64,8 @@ class FakeArray(np.ndarray):
 class FakeStream:
     def __init__(self, cuda, name):
         self.cuda, self.name, self.captured, self.ptr = cuda, name, None, id(self)
+        self.queue, self.queued, self.done = deque(), 0, 0
+        cuda.all_streams.append(self)
 
     def __enter__(self):
         self.cuda.streams.append(self)
@@ -66,6 +77,37 @@ class FakeStream:
     def synchronize(self):
         self.cuda.forbid_in_capture("synchronize")
         self.cuda.events.append(("synchronize", self.name))
+        self.finish(self.queued)
+
+    def add(self, work):
+        """Queue a call, or an event's place in another stream to wait for."""
+        with self.cuda.lock:
+            self.queue.append(work)
+            self.queued += 1
+            if self.cuda.chance is None:
+                self.finish(self.queued)
+            else:
+                self.cuda.play()
+
+    def blocked(self):
+        """Where another stream must have come first."""
+        head = self.queue[0]
+        return head if isinstance(head, tuple) and head[0].done < head[1] else None
+
+    def step(self):
+        work = self.queue.popleft()
+        if not isinstance(work, tuple):
+            work()
+        self.done += 1
+
+    def finish(self, count):
+        """Do what was queued up to a place, and only what that needs of other streams."""
+        with self.cuda.lock:
+            while self.done < count:
+                before = self.blocked()
+                if before is not None:
+                    before[0].finish(before[1])
+                self.step()
 
     def begin_capture(self):
         assert self.name != "null", "CUDA refuses to capture the legacy stream"
@@ -82,6 +124,7 @@ class FakeStream:
 
     def wait_event(self, event):
         self.cuda.events.append(("wait", self.name, event.stream.name))
+        self.add((event.stream, event.count))
 
 
 class FakeGraph:
@@ -91,23 +134,29 @@ class FakeGraph:
     def launch(self, stream):
         self.cuda.events.append(("graph", stream.name))
         for call in self.calls:
-            call()
+            stream.add(call)
 
 
 class FakeEvent:
-    def __init__(self, disable_timing=False):
-        self.stream = None
+    def __init__(self, block=False, disable_timing=False):
+        self.stream, self.count = None, 0
 
     def record(self, stream):
-        self.stream = stream
+        self.stream, self.count = stream, stream.queued
+
+    def synchronize(self):
+        if self.stream is not None:
+            self.stream.cuda.forbid_in_capture("synchronize")
+            self.stream.finish(self.count)
 
 
 class FakeCuda:
     def __init__(self, module, capability):
         self.module, self.capability = module, capability
         self.events, self.broken_capture, self.pools = [], False, []
+        self.chance, self.lock, self.all_streams = None, threading.RLock(), []
         self.null = FakeStream(self, "null")
-        self.streams = [self.null]
+        self.per_thread = threading.local()
         self.Event = FakeEvent
         self.cufft = types.SimpleNamespace(CUFFT_FORWARD=-1, CUFFT_INVERSE=1)
 
@@ -118,7 +167,14 @@ class FakeCuda:
 
     def Stream(self, non_blocking=False):
         assert non_blocking, "a blocking stream waits for the legacy one"
-        return FakeStream(self, f"stream {len(self.events)}")
+        return FakeStream(self, f"stream {len(self.all_streams)}")
+
+    @property
+    def streams(self):
+        """Of the calling thread, the current one last."""
+        if not hasattr(self.per_thread, "streams"):
+            self.per_thread.streams = [self.null]
+        return self.per_thread.streams
 
     def get_current_stream(self):
         return self.streams[-1]
@@ -141,7 +197,14 @@ class FakeCuda:
         if stream.captured is not None:
             stream.captured.append(call)
         else:
-            call()
+            stream.add(call)
+
+    def play(self):
+        """Let some streams go on."""
+        for _ in range(self.chance.randrange(4)):
+            stream = self.chance.choice(self.all_streams)
+            if stream.queue and stream.blocked() is None:
+                stream.step()
 
     def forbid_in_capture(self, what):
         if any(stream.captured is not None for stream in self.streams):

@@ -9,8 +9,11 @@ compiled.
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
+import random
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -23,12 +26,14 @@ from fuseengine.errors import (
     SettingError,
     SizeMismatchError,
 )
+from fuseengine.pipelined import Pipelined
 from fuseengine.program import Node, Program, StageVariant, Value
 from fuseengine.runtime import cubins, gpu_frames, ops
 from fuseengine.runtime.cubins import Entry, Pointer, variant_of
 from fuseengine.runtime.executor import Executor
 from fuseengine.runtime.frames import FrameAdapter
 from fuseengine.runtime.launches import Array, Launch, Launches, Number, OpCall, frame_key, key_of
+from fuseengine.video import Stream
 from tests.helpers import BLOCK_TORCH, run_python
 from tests.runtime import fake_cupy
 
@@ -259,8 +264,6 @@ class TestFrame:
         assert len({id(pools[0]) for pools in seen}) == 1
 
     def test_arrays_live_as_long_as_the_graph(self, executor):
-        import gc
-
         run_frame = executor.run
         executor.run()
         inputs, output, device = executor.inputs, executor.output, executor.device
@@ -279,6 +282,155 @@ class TestFrame:
 
     def test_a_profile_has_all_nodes(self, executor):
         assert [t.label for t in executor.profile(2)] == ["net-0", "ddim_step", "mul"]
+
+
+class TestPipelined:
+    """Copies on streams of their own, on a device that orders nothing by itself."""
+
+    SHAPE = (*SIZE, 3)
+
+    @pytest.fixture(params=range(6))
+    def chance(self, request, cupy, executor):
+        executor.run()  # captured before: what follows is frames
+        cupy.cuda.chance = random.Random(request.param)
+
+    @pytest.fixture
+    def adapter(self):
+        return FrameAdapter(SIZE, "luma", 8)
+
+    @pytest.fixture
+    def pipeline(self, executor, adapter):
+        with Pipelined(lambda size: (adapter, executor), threading.Lock()) as made:
+            yield made
+
+    def frames(self, count):
+        rng = np.random.default_rng(7)
+        shapes = SIZE, self.SHAPE
+        return [tuple(rng.integers(0, 256, s, np.uint8) for s in shapes) for _ in range(count)]
+
+    def want(self, adapter, ir, vis):
+        a, b = np.empty((2, 1, 1, *PADDED), np.float32)
+        adapter.load(ir, vis, a, b)
+        return adapter.store(expected(a, b), vis)
+
+    def check(self, adapter, found, frames):
+        for fused, pair in zip(found, frames, strict=True):
+            np.testing.assert_allclose(fused.astype(int), self.want(adapter, *pair), atol=1)
+
+    def test_pictures_in_order(self, chance, pipeline, adapter):
+        frames = self.frames(25)
+        self.check(adapter, list(pipeline.map(frames)), frames)
+
+    def test_results_in_any_order(self, chance, pipeline, adapter):
+        frames = self.frames(12)
+        found = []
+        for first, second in zip(frames[::2], frames[1::2], strict=True):
+            tickets = pipeline.submit(*first), pipeline.submit(*second)
+            tickets[0].computed()
+            found += [ticket.result() for ticket in tickets[::-1]][::-1]
+        self.check(adapter, found, frames)
+
+    def test_beside_the_engines_own_frames(self, chance, pipeline, executor, adapter):
+        frames = self.frames(10)
+        for k in range(0, 10, 2):
+            ticket = pipeline.submit(*frames[k])
+            planes = np.empty((2, 1, 1, *PADDED), np.float32)
+            adapter.load(*frames[k + 1], *planes)
+            own = adapter.store(fuse(executor, planes), frames[k + 1][1])
+            self.check(adapter, [ticket.result(), own], frames[k : k + 2])
+
+    @pytest.mark.parametrize("lane", ["compute", "out"])
+    def test_the_device_hurts_where_a_lane_does_not_wait(
+        self, cupy, pipeline, executor, adapter, lane, monkeypatch
+    ):
+        executor.run()
+        monkeypatch.setattr(getattr(executor.device.lanes(), lane), "after", lambda mark: None)
+        frames, wrong = self.frames(12), 0
+        for seed in range(6):
+            cupy.cuda.chance = random.Random(seed)
+            try:
+                self.check(adapter, pipeline.map(frames), frames)
+            except AssertionError:
+                wrong += 1
+        assert wrong
+
+    def test_a_result_that_is_not_waited_for_is_wrong(
+        self, cupy, pipeline, executor, adapter, monkeypatch
+    ):
+        executor.run()
+        cupy.cuda.chance = random.Random(0)
+        frames = self.frames(8)
+        list(pipeline.map(frames[:2]))
+        with monkeypatch.context() as patched:
+            for slot in pipeline._free:
+                patched.setattr(slot._done, "synchronize", lambda: None)
+            with pytest.raises(AssertionError):
+                self.check(adapter, pipeline.map(frames), frames)
+        for stream in cupy.cuda.all_streams:
+            stream.synchronize()
+
+    def test_streams(self, pipeline, executor, cupy):
+        """One frame: where everything goes, and that only the copy back is waited for."""
+        list(pipeline.map(self.frames(1)))
+        cupy.cuda.events.clear()
+        ticket = pipeline.submit(*self.frames(1)[0])
+        lanes = executor.device.lanes()
+        into, compute, out = (x.stream.name for x in (lanes.into, lanes.compute, lanes.out))
+        assert compute == executor.device.stream.name and len({into, compute, out}) == 3
+        count = 4 * PADDED[0] * PADDED[1]
+        assert cupy.cuda.events == [
+            ("to device", count, into), ("to device", count, into),
+            ("wait", compute, into),
+            ("on device", count, compute), ("on device", count, compute),
+            ("graph", compute),
+            ("on device", count, compute),
+            ("wait", out, compute),
+            ("to host", count, out),
+        ]  # fmt: skip
+        cupy.cuda.events.clear()
+        ticket.result()
+        assert not [event for event in cupy.cuda.events if event[0] == "synchronize"]
+
+    def test_memory_is_made_once(self, pipeline, executor, cupy):
+        frames = self.frames(3)
+        list(pipeline.map(frames))
+        made = []
+        for name in ("zeros", "empty", "asarray"):
+            setattr(cupy, name, lambda *given, name=name: made.append(name))
+        list(pipeline.map(frames))
+        assert made == []
+
+    def test_a_frame_that_cannot_be_queued(self, chance, pipeline, executor, adapter, monkeypatch):
+        frames = self.frames(4)
+        ahead = pipeline.submit(*frames[0])
+        with monkeypatch.context() as patched:
+            patched.setattr(executor, "_run", lambda: pipeline.no_such_thing)
+            with pytest.raises(AttributeError):
+                pipeline.submit(*frames[1])
+        behind = pipeline.submit(*frames[2])
+        self.check(adapter, [ahead.result(), behind.result()], [frames[0], frames[2]])
+
+    def test_closing_waits(self, cupy, executor, adapter):
+        executor.run()
+        cupy.cuda.chance = random.Random(1)
+        pipeline = Pipelined(lambda size: (adapter, executor), threading.Lock())
+        frames = self.frames(2)
+        tickets = [pipeline.submit(*pair) for pair in frames]
+        assert any(stream.queue for stream in cupy.cuda.all_streams)
+        pipeline.close()
+        assert not any(stream.queue for stream in cupy.cuda.all_streams)
+        self.check(adapter, [ticket.result() for ticket in tickets], frames)
+        with pytest.raises(SettingError, match="closed"):
+            pipeline.submit(*frames[0])
+
+    def test_forgetting_it_waits(self, cupy, executor, adapter):
+        executor.run()
+        cupy.cuda.chance = random.Random(1)
+        pipeline = Pipelined(lambda size: (adapter, executor), threading.Lock())
+        pipeline.submit(*self.frames(1)[0])
+        del pipeline
+        gc.collect()
+        assert not any(stream.queue for stream in cupy.cuda.all_streams)
 
 
 class TestNoGraph:
@@ -554,20 +706,33 @@ class TestEngine:
         monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
         assert isinstance(engine.make_device("cuda", 1), CupyDevice)
 
-    def test_frames_in_and_out_of_it(self, cupy, folder, monkeypatch):
-        """A whole engine: NumPy frames through page-locked memory, CuPy frames without."""
+    @pytest.fixture
+    def engine(self, executor, folder, monkeypatch):
+        """A whole one, which was not compiled."""
         import fuseengine.engine as module
-        from fuseengine.runtime.cupy_device import CupyDevice
 
-        cupy.run_kernel = compute
-        device = CupyDevice(folder)
-        runners = {StageVariant("net", (0,)): Net(cupy)}
         engine = module.Engine.__new__(module.Engine)
-        executor = Executor(step_program(), PADDED, runners, device, SIZE)
         adapter = FrameAdapter(SIZE, "luma", 8)
         monkeypatch.setattr(engine, "_plan", lambda size: (adapter, executor), raising=False)
         engine.size, engine.device, engine._source = SIZE, "cuda", self.source(folder)
-        engine._lock = module.threading.Lock()
+        engine.program, engine.resumed, engine._lock = executor.program, None, threading.Lock()
+        return engine
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_a_stream_of_it(self, engine, cupy, seed):
+        """Two threads, two frames under way, and a device that orders nothing by itself."""
+        rng = np.random.default_rng(seed)
+        pairs = [[rng.integers(0, 256, s, np.uint8) for s in (SIZE, (*SIZE, 3))] for _ in range(30)]
+        expected = [engine(*pair) for pair in pairs]
+        cupy.cuda.chance = random.Random(seed)
+        infrared, visible = zip(*pairs, strict=True)
+        frames = Stream(engine).run(iter(infrared), iter(visible))
+        for frame, picture in zip(frames, expected, strict=True):
+            np.testing.assert_array_equal(frame.image, picture)
+
+    def test_frames_in_and_out_of_it(self, engine, cupy):
+        """NumPy frames through page-locked memory, CuPy frames without."""
+        adapter = FrameAdapter(SIZE, "luma", 8)
         rng = np.random.default_rng(0)
         ir, vis = (rng.integers(0, 256, s, dtype=np.uint8) for s in (SIZE, (*SIZE, 3)))
         fused = engine(ir, vis)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
@@ -46,7 +47,60 @@ def test_finish_lets_what_waits_through():
             call()
 
 
-@pytest.mark.parametrize("what", ["get", "put", "wait_for_room"])
+class Waiting(threading.Thread):
+    """Calls something, and tells whether it waits."""
+
+    def __init__(self, call):
+        super().__init__(daemon=True)
+        self.call = call
+        self.start()
+
+    def run(self):
+        with contextlib.suppress(Finished):
+            self.call()
+
+    def waits(self):
+        self.join(0.05)
+        return self.is_alive()
+
+
+def test_promised_items_take_room():
+    channel = Channel(2, newest=False)
+    channel.reserve()
+    channel.put(0)
+    third = Waiting(channel.reserve)
+    assert third.waits()
+    channel.forgo()
+    assert not third.waits()
+    channel.put(1, promised=True)
+    fourth = Waiting(channel.reserve)
+    assert fourth.waits()
+    assert channel.get() == 0
+    assert not fourth.waits()
+
+
+def test_who_waits_for_an_item_is_room_for_one():
+    channel = Channel(1, newest=False)
+    channel.reserve()
+    second = Waiting(channel.reserve)
+    assert second.waits()
+    got = []
+    taker = Waiting(lambda: got.append(channel.get()))
+    assert taker.waits()
+    assert not second.waits()
+    channel.put("first", promised=True)
+    assert not taker.waits() and got == ["first"]
+    third = Waiting(channel.reserve)
+    assert third.waits()
+    channel.put("second", promised=True)
+    assert third.waits()
+    channel.close()
+    assert not third.waits()
+    with pytest.raises(Finished):
+        channel.reserve()
+
+
+@pytest.mark.parametrize("what", ["get", "put", "wait_for_room", "reserve"])
 def test_close_wakes_who_waits(what):
     channel = Channel(1, newest=False)
     if what != "get":

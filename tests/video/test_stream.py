@@ -295,6 +295,15 @@ class TestFormats:
             assert engine.seen[0] == ((24, 32), np.float32, (24, 32, 3))
             assert (frames[0].format, frames[0].size) == ("rgb24", (24, 32))
 
+    def test_on_the_visible_camera_s_own_grid_yuv_stays_yuv(self):
+        engine = SleepingEngine(channels="luma")
+        align = Alignment(Rig.of_same_view((12, 16), SIZE))
+        visible = self.nv12(2)
+        frames = list(Stream(engine, alignment=align).run(moving(2, (12, 16)), visible))
+        assert engine.seen[0] == (SIZE, np.float32, SIZE)
+        assert frames[0].format == "nv12"
+        np.testing.assert_array_equal(frames[0].image, visible[0].image)
+
     def test_gain_of_coloured_frames_for_a_colour_engine(self):
         """An infrared recording is YUV or RGB as any other: its luma is what gain control sees."""
         for infrared in (self.nv12(2), numbered(2)):
