@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -191,8 +192,8 @@ class _Builder(OnnxWriter):
             else:
                 self._arithmetic.append(self.scope)
                 self.values[node.made()[0]] = self._op(node)
-        output = self._border_out(self.values[self.program.output])
-        model = self.model(self.inputs, [output], self.program.model or "whole")
+        outputs = self._borders_out()
+        model = self.model(self.inputs, outputs, self.program.model or "whole")
         entries = {KEEP: json.dumps([f"{scope}/*" for scope in self._arithmetic])}
         if self.seeds:
             entries[NOISE] = json.dumps(self.seeds)
@@ -280,11 +281,12 @@ class _Builder(OnnxWriter):
     def _one(self) -> str:
         return self.constant(np.array(1.0, np.float32))
 
-    def _border_out(self, fused: str) -> onnx.ValueInfoProto:
+    def _borders_out(self) -> list[onnx.ValueInfoProto]:
+        fused = self.values[self.program.output]
         shape = self._known(self.program.values[self.program.output].shape)
         if not self.frames:
             self.add("Identity", fused, name=OUTPUT)
-            return helper.make_tensor_value_info(OUTPUT, _FLOAT, shape)
+            return [helper.make_tensor_value_info(OUTPUT, _FLOAT, shape)]
         self.scope = "frame_out"
         self._arithmetic.append(self.scope)
         planes = _PLANES[self.program.channels]
@@ -298,7 +300,7 @@ class _Builder(OnnxWriter):
         assert self.nodes[-1].output[0] == last
         self.nodes[-1].output[0] = OUTPUT
         sides = self.size or ("height", "width")
-        return helper.make_tensor_value_info(OUTPUT, TensorProto.UINT8, (1, *sides, 3))
+        return [helper.make_tensor_value_info(OUTPUT, TensorProto.UINT8, (1, *sides, 3))]
 
     def _known(self, shape: Sequence[Dim]) -> tuple[Dim, ...]:
         return tuple(shape) if self.padded is None else resolve(shape, self.padded)
@@ -426,6 +428,61 @@ class _Builder(OnnxWriter):
         if node.inputs[1] not in self.program.constants:
             raise CompileError(f"{node.target} with a computed kernel has no ONNX form")
         return self.program.constants[node.inputs[1]]
+
+
+class _PartBuilder(_Builder):
+    """A part of a program, with the inputs and outputs that it has as a stage."""
+
+    def __init__(self, program: Program, stages: StageSource, outputs: Sequence[str]) -> None:
+        super().__init__(program, stages, None, False, "input")
+        self.outputs = outputs
+
+    def _borders_in(self) -> None:
+        for index, name in enumerate(self.program.inputs):
+            shape = self.program.values[name].shape
+            self.values[name] = self._input(f"in{index}", _FLOAT, shape)
+
+    def _borders_out(self) -> list[onnx.ValueInfoProto]:
+        made = []
+        for index, name in enumerate(self.outputs):
+            self.add("Identity", self.values[name], name=f"out{index}")
+            shape = self.program.values[name].shape
+            made.append(helper.make_tensor_value_info(f"out{index}", _FLOAT, shape))
+        return made
+
+
+def part_to_onnx(
+    program: Program,
+    stages: StageSource,
+    nodes: Sequence[Node],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+) -> onnx.ModelProto:
+    """Write some nodes of a program as one network, height and width open.
+
+    Args:
+        program: the program.
+        stages: its networks.
+        nodes: stage calls and ops, in order; no op whose form needs a known size.
+        inputs: names of the values that become "in0", "in1", ...
+        outputs: of those that become "out0", "out1", ...
+
+    Returns:
+        A checked model of opset 18.
+
+    Raises:
+        CompileError: a network or op has no form here.
+    """
+    used = {name for node in nodes for name in node.inputs}
+    part = replace(
+        program,
+        inputs=tuple(inputs),
+        nodes=tuple(nodes),
+        constants={n: array for n, array in program.constants.items() if n in used},
+    )
+    model = _PartBuilder(part, stages, outputs).build()
+    onnx.checker.check_model(model, full_check=model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF)
+    return model
 
 
 # --- ops: (builder, node, names of its inputs) -> name of its result ------------------------------

@@ -27,6 +27,8 @@ from fuseengine.zoo import packaged_models, unpackaged_hint
 if TYPE_CHECKING:
     from torch import nn
 
+    from fuseengine.export.merged import MergedStages
+
 log = logging.getLogger("fuseengine")
 
 
@@ -59,7 +61,7 @@ def content_key(program: Program, stages: ModelStages, settings: Settings) -> st
     return cache.key_of({"content": content, **vars(settings)})
 
 
-def store(key: str, description: Description, stages: ModelStages) -> None:
+def store(key: str, description: Description, stages: ModelStages | MergedStages) -> None:
     """Write an entry; a cache that cannot be written is a warning, not an error."""
     networks = []
     files = {"constants.safetensors": tensors.pack(description.constants)}

@@ -149,21 +149,21 @@ def compile(
             return _timed(found, begin)
         usable = bool(key)
     resumed = _resumed(model, program, settings)
-    choice, report, executor = search(
-        program, stages, settings, check_pairs(program, settings, examples), calibration
-    )
+    best = search(program, stages, settings, check_pairs(program, settings, examples), calibration)
     if usable:
-        description = Description(program, choice, report, settings.size, settings.device, resumed)
-        cached_engine.store(key, description, stages)
+        description = Description(
+            best.program, best.choice, best.report, settings.size, settings.device, resumed
+        )
+        cached_engine.store(key, description, best.stages)
     engine = Engine(
-        program,
-        stages,
-        choice,
-        report,
+        best.program,
+        best.stages,
+        best.choice,
+        best.report,
         size=settings.size,
         device=settings.device,
         threads=settings.threads,
-        ready=executor,
+        ready=best.executor,
         resumed=resumed,
     )
     return _timed(engine, begin)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +29,18 @@ from fuseengine.stages import ModelStages
 if TYPE_CHECKING:
     from torch import nn
 
+    from fuseengine.export.merged import MergedStages
+
 log = logging.getLogger("fuseengine")
 
 _EXACT_DB = 80.0
 """What a candidate that calls itself float32 must reach against the reference."""
 
 _QUICK_SECONDS = 0.4
+_WORTH_MERGING_MS = 250.0
+"""Merging is tried from here: below, what a frame saves hardly pays for the longer search."""
+_CLEARLY = 0.95
+"""Of the time of stages apart: merged ones are taken below."""
 """Time that a quick search spends on timing one candidate, about."""
 
 
@@ -76,13 +82,31 @@ class _Trial:
     error: float
 
 
+class Found(NamedTuple):
+    """What a search came to.
+
+    Attributes:
+        program: the captured model, or one of merged stages that is faster.
+        stages: its networks.
+        choice: backend and precision per stage variant.
+        report: the record of what was tried.
+        executor: the one that was measured, for the engine to go on with.
+    """
+
+    program: Program
+    stages: ModelStages | MergedStages
+    choice: Choice
+    report: Report
+    executor: Executor
+
+
 def search(
     program: Program,
     stages: ModelStages,
     settings: Settings,
     pairs: list[Pair],
     calibration: Sequence[tuple[Any, Any]] | None = None,
-) -> tuple[Choice, Report, Executor]:
+) -> Found:
     """Find the fastest lowering inside the guard.
 
     Args:
@@ -94,8 +118,7 @@ def search(
             by default.
 
     Returns:
-        Backend and precision per stage variant, the record of what was tried, and the executor that
-        was measured, for the engine to go on with.
+        The program and its networks, what was chosen, the record, and the executor.
 
     Raises:
         CompileError: no candidate could be lowered and passed the guard.
@@ -146,7 +169,8 @@ def search(
         threads=settings.threads,
         quantised=int8.record,
     )
-    return choice, report, executor
+    found = Found(program, stages, choice, report, executor)
+    return _merged(found, settings, trials, pairs, references)
 
 
 class Int8Networks:
@@ -281,7 +305,7 @@ def _wanted(settings: Settings, offered: tuple[str, ...]) -> tuple[str, ...]:
 
 def _try(
     program: Program,
-    stages: ModelStages,
+    stages: ModelStages | MergedStages,
     settings: Settings,
     backend: str,
     precision: str,
@@ -375,6 +399,66 @@ def _choose(
     if psnr >= settings.guard_db and error <= settings.max_error:
         return mixed, psnr, error, executor
     return uniform, whole.psnr, whole.error, whole.executor
+
+
+def _merged(
+    found: Found,
+    settings: Settings,
+    trials: list[_Trial],
+    pairs: list[Pair],
+    references: list[NDArray[np.float32]],
+) -> Found:
+    """What was found, or the same with its stages merged where that is clearly faster."""
+    usable = [
+        trial
+        for trial in trials
+        if not BACKENDS[trial.backend].needs_module and network_kind(trial.precision) == "fp32"
+    ]
+    alone = settings.device == "cpu" and settings.resumed_steps is None
+    if not alone or not usable or _whole(found.executor) < _WORTH_MERGING_MS:
+        return found
+    from fuseengine.export.merged import merge
+
+    assert isinstance(found.stages, ModelStages)
+    made = merge(found.program, found.stages)
+    if made is None:
+        return found
+    best = min(usable, key=lambda trial: trial.total)
+    program, stages = made
+    how = (best.backend, best.precision)
+    try:
+        trial = _try(program, stages, settings, *how, pairs, references)
+    except Exception as failure:
+        log.debug("merged stages on %s failed", how, exc_info=True)
+        return _with_candidate(found, Candidate(*how, note=f"merged: {_first_line(failure)}"))
+    tried = Candidate(*how, trial.total, trial.psnr, trial.error)
+    refused = _refusal(trial, settings)
+    if refused:
+        return _with_candidate(found, replace(tried, note=f"merged stages: {refused}"))
+    # In turns: the two were measured seconds apart.
+    turns = [(_whole(found.executor), _whole(trial.executor)) for _ in range(3)]
+    apart, together = (min(times) for times in zip(*turns, strict=True))
+    if together > _CLEARLY * apart:
+        note = f"merged stages: {together / apart:.2f} of the time apart"
+        return _with_candidate(found, replace(tried, note=note))
+    choice = dict.fromkeys(program.variants(), how)
+    report = replace(
+        found.report,
+        choice={v.label: "/".join(how) for v in choice},
+        candidates=tuple(
+            replace(c, note="stages apart" if c.note == "chosen" else c.note)
+            for c in found.report.candidates
+        ),
+        psnr_db=trial.psnr,
+        max_error=trial.error,
+    )
+    found = Found(program, stages, choice, report, trial.executor)
+    return _with_candidate(found, replace(tried, note="chosen: merged stages"))
+
+
+def _with_candidate(found: Found, candidate: Candidate) -> Found:
+    candidates = (*found.report.candidates, candidate)
+    return found._replace(report=replace(found.report, candidates=candidates))
 
 
 def _first_line(error: Exception) -> str:
