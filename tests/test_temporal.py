@@ -169,6 +169,32 @@ class TestEngine:
         for one, other in zip(made, by_hand(model, pairs, 2), strict=True):
             assert decibels(one, other) > 50
 
+    def test_on_pytorch_s_device(self, model, monkeypatch):
+        """What a GPU runs but for its streams: arrays are tensors, results are fetched."""
+        import fuseengine.engine as module
+        from fuseengine.backends.cuda_device import TorchDevice
+        from fuseengine.runtime.executor import Executor
+
+        size = (30, 41)
+        plain = fe.compile(
+            model, size, backend="torch", precision="fp32", temporal="warm", warm_steps=2,
+            threads=1, guard_db=30.0, cache=False,
+        )  # fmt: skip
+        runners = plain.executor().runners
+
+        def build(program, source, choice, padded, device, threads):
+            return Executor(program, padded, runners, TorchDevice("cpu"))
+
+        monkeypatch.setattr(module, "build_executor", build)
+        engine = module.Engine(
+            plain.program, plain.source, plain.choice, plain.report, size=size, device="cuda",
+            threads=1, resumed=plain.resumed,
+        )  # fmt: skip
+        one, two = fe.Memory(cut=0.9), fe.Memory(cut=0.9)
+        for a, b in moving(3, size):
+            assert decibels(engine(a, b, memory=one), plain(a, b, memory=two)) > 55
+        assert one.resumed == 2
+
     def test_cuts(self, engine):
         (a, b), (c, d) = moving(2)
         memory = fe.Memory()
