@@ -10,8 +10,7 @@ frame three times then). All becomes float32 in [0, 1], padded. Target: 6 ms.
 
 Peers in the same turns: OpenCV with the same steps, each the quickest way there is from Python, in
 8 bits as long as possible and into arrays that are there, its table by NumPy's arithmetic; and
-what a Stream with this rig does, which samples the colour frame on the grid too. All are compared
-first with the float64 definition.
+what a Stream with this rig does. All are compared first with the float64 definition.
 """
 
 from __future__ import annotations
@@ -342,7 +341,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"outcome: whether our p50 is below {TARGET_MS:g} ms, the target for 1080x1920 and "
         "512x640.",
         "OpenCV writes into arrays that are there; the package's functions make theirs anew.",
-        "A Stream with an alignment samples the colour frame on the grid too, as RGB.",
     ]
     for case in cases(args.visible, args.infrared):
         if args.only.lower() in case.name.lower():

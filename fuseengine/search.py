@@ -39,7 +39,7 @@ _EXACT_DB = 80.0
 _QUICK_SECONDS = 0.4
 _WORTH_MERGING_MS = 250.0
 """Merging is tried from here: below, what a frame saves hardly pays for the longer search."""
-_CLEARLY = 0.95
+_CLEARLY = 0.98
 """Of the time of stages apart: merged ones are taken below."""
 """Time that a quick search spends on timing one candidate, about."""
 
@@ -436,7 +436,7 @@ def _merged(
     if refused:
         return _with_candidate(found, replace(tried, note=f"merged stages: {refused}"))
     # In turns: the two were measured seconds apart.
-    turns = [(_whole(found.executor), _whole(trial.executor)) for _ in range(3)]
+    turns = [(_whole(found.executor), _whole(trial.executor)) for _ in range(5)]
     apart, together = (min(times) for times in zip(*turns, strict=True))
     if together > _CLEARLY * apart:
         note = f"merged stages: {together / apart:.2f} of the time apart"
