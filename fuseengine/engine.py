@@ -34,7 +34,7 @@ class Engine:
     :func:`fuseengine.compile`.
 
     Attributes:
-        program: the captured model; prints readably.
+        program: the captured model, with its stages merged where that was faster; prints readably.
         report: what compile() tried and chose; prints as a table.
         resumed: the program of a frame that starts from the one before; None: there is none.
         size: (height, width) of the frames it takes, or None: it specialises itself to each size.
