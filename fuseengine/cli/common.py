@@ -161,6 +161,7 @@ def make_engine(args: argparse.Namespace, size: tuple[int, int] | None) -> Engin
         return load_engine(args)
     import fuseengine as fe
 
+    video = {"temporal": args.temporal} if "temporal" in args else {}
     return fe.compile(
         getattr(args, "model", "drfusion-s"),
         size,
@@ -169,8 +170,8 @@ def make_engine(args: argparse.Namespace, size: tuple[int, int] | None) -> Engin
         backend=args.backend,
         effort=args.effort,
         threads=args.threads,
-        temporal=getattr(args, "temporal", None),
         cache=not args.no_cache,
+        **video,
     )
 
 

@@ -46,7 +46,7 @@ def test_every_pair_against_its_peers(tmp_path, capsys):
     assert result["settings"]["visible"] == "36x52"
     assert result["command"] == f"python -m benchmarks.preparation {' '.join(words)}"
     lost = [name for name, row in rows.items() if float(row["ratio"].split()[0]) < 1]
-    assert [f"slower than the peer: {name}" for name in lost] == result["notes"][4:]
+    assert [f"slower than the peer: {name}" for name in lost] == result["notes"][3:]
     assert "yuyv for an RGB model vs OpenCV, 2 threads" in capsys.readouterr().out
 
 
