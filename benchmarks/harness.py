@@ -831,6 +831,23 @@ class Result:
         """The rows as a table."""
         return format_table(self.rows, markdown=markdown)
 
+    def finish(self, root: Path | None = None, *, write: bool = True) -> None:
+        """Print the table and the notes, and write the result files unless told not to.
+
+        Raises:
+            ResultSchemaError: the result is not valid; nothing is written.
+        """
+        print(self.table())
+        for note in self.notes:
+            print(f"* {note}")
+        if write:
+            print(*self.write(root), sep="\n")
+
+    def note_slower(self) -> None:
+        """A note for every row whose ratio, the peer's time over ours, is below 1."""
+        lost = [row["name"] for row in self.rows if float(str(row["ratio"]).split()[0]) < 1]
+        self.notes += [f"slower than the peer: {name}" for name in lost]
+
     def write(self, root: Path | None = None) -> tuple[Path, Path]:
         """Write the JSON and the Markdown file, each whole or not at all.
 

@@ -506,11 +506,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lost = [row["name"] for row in result.rows if row.get("outcome") == "MISS"]
         result.notes += [f"MISS: {name}" for name in lost]
     result.command = harness.command_line("benchmarks.ops", words)
-    print(result.table())
-    for note in result.notes:
-        print(f"* {note}")
-    if not args.only:
-        print(*result.write(args.out), sep="\n")
+    result.finish(args.out, write=not args.only)
     return 0
 
 

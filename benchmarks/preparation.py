@@ -346,13 +346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.only.lower() in case.name.lower():
             for threads in args.threads:
                 measure(result, case, threads, args.rounds)
-    lost = [row["name"] for row in result.rows if float(str(row["ratio"]).split()[0]) < 1]
-    result.notes += [f"slower than the peer: {name}" for name in lost]
-    print(result.table())
-    for note in result.notes:
-        print(f"* {note}")
-    if not args.only:
-        print(*result.write(args.out), sep="\n")
+    result.note_slower()
+    result.finish(args.out, write=not args.only)
     return 0
 
 

@@ -92,12 +92,11 @@ def overhead(
     streamed: list[int] = []
     for _ in range(3):
         engine(infrared, visible)
-    for turn in range(rounds):
-        steps = [lambda: alone.extend(_calls(engine, infrared, visible, batch))]
-        steps.append(lambda: streamed.extend(_intervals(engine, infrared, visible, batch)))
-        for step in steps if turn % 2 == 0 else reversed(steps):
-            step()
-        gc.collect(0)
+    _in_turns(
+        rounds,
+        lambda: alone.extend(_calls(engine, infrared, visible, batch)),
+        lambda: streamed.extend(_intervals(engine, infrared, visible, batch)),
+    )
     own = harness.Samples(f"{name}, alone", np.asarray(alone, np.int64))
     ours = harness.Samples(f"{name}, in a stream", np.asarray(streamed, np.int64))
     ratio = harness.paired_ratio(_medians(ours, batch), _medians(own, batch))
@@ -124,12 +123,11 @@ def pipelining(
         frames = Stream(way).run(repeat(infrared, 8), repeat(visible, 8))
         if not all(np.array_equal(frame.image, expected) for frame in frames):
             raise AssertionError(f"{name}: a stream's pictures are not the engine's")
-    for turn in range(rounds):
-        steps = [lambda: called.extend(_intervals(call, infrared, visible, batch))]
-        steps.append(lambda: pipelined.extend(_intervals(engine, infrared, visible, batch)))
-        for step in steps if turn % 2 == 0 else reversed(steps):
-            step()
-        gc.collect(0)
+    _in_turns(
+        rounds,
+        lambda: called.extend(_intervals(call, infrared, visible, batch)),
+        lambda: pipelined.extend(_intervals(engine, infrared, visible, batch)),
+    )
     theirs = harness.Samples(f"{name}, stream that calls", np.asarray(called, np.int64))
     ours = harness.Samples(f"{name}, stream with two under way", np.asarray(pipelined, np.int64))
     ratio = harness.paired_ratio(_means(ours, batch), _means(theirs, batch))
@@ -148,6 +146,14 @@ def _means(samples: harness.Samples, batch: int) -> harness.Samples:
     return harness.Samples(
         samples.name, np.mean(samples.ns.reshape(-1, batch), axis=1).astype(np.int64)
     )
+
+
+def _in_turns(rounds: int, *steps: Callable[[], None]) -> None:
+    """Take all steps in every round, in alternating order."""
+    for turn in range(rounds):
+        for step in steps if turn % 2 == 0 else reversed(steps):
+            step()
+        gc.collect(0)
 
 
 def _calls(engine: Engine, infrared: Array, visible: Array, count: int) -> list[int]:
@@ -298,11 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result.notes += [
         f"missed: {row['name']}" for row in result.rows if row.get("outcome") == "MISS"
     ]
-    print(result.table())
-    for note in result.notes:
-        print(f"* {note}")
-    if args.only is None or args.out is not None:
-        print(*result.write(args.out), sep="\n")
+    result.finish(args.out, write=args.only is None or args.out is not None)
     return 0
 
 

@@ -175,15 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "times: of frames that started from the one before; ratio: over the same frame in full.",
         *(f"missed: {row['name']}" for row in result.rows if row.get("outcome") == "MISS"),
     ]
-    print(result.table())
-    for note in result.notes:
-        print(f"* {note}")
+    result.finish(args.out)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         for name, fused in videos.items():
             for t in (1, count // 2 - 1, count // 2 + 1, count - 1):
                 fe.write_image(args.out / f"{harness.slug(name)}-{t}.png", fused[t])
-    print(*result.write(args.out), sep="\n")
     return 0
 
 

@@ -24,6 +24,9 @@ Shape = tuple[Dim, ...]
 
 SCHEMA = 1
 
+_MOST_LISTED = 8
+"""Results of a stage that its label lists one by one."""
+
 
 @dataclass(frozen=True)
 class Value:
@@ -275,7 +278,10 @@ class StageVariant:
     def label(self) -> str:
         """A name fit for files and reports, such as ``unet-0`` or ``project-0-1-2.form1``."""
         form = f".form{self.form}" if self.form else ""
-        return f"{self.stage or 'model'}-{'-'.join(map(str, self.use))}{form}"
+        use = "-".join(map(str, self.use))
+        if len(self.use) > _MOST_LISTED and self.use == tuple(range(len(self.use))):
+            use = f"all{len(self.use)}"
+        return f"{self.stage or 'model'}-{use}{form}"
 
 
 def resolve(shape: Sequence[Dim], size: tuple[int, int]) -> tuple[int, ...]:

@@ -9,19 +9,10 @@ import pytest
 
 pytest.importorskip("cv2")
 
-import cv2
 
 from benchmarks import frames
-from fuseengine import _native
 
-
-@pytest.fixture(autouse=True)
-def _threads():
-    """The benchmark sets them for its whole process."""
-    before = cv2.getNumThreads(), _native.num_threads()
-    yield
-    cv2.setNumThreads(before[0])
-    _native.set_num_threads(before[1])
+pytestmark = pytest.mark.usefixtures("threads_restored")
 
 
 def test_every_case_against_its_peers(tmp_path, capsys):
