@@ -163,6 +163,9 @@ def main() -> None:
         default="-,openvino/bf16,openvino/fp32,onnxruntime/fp32",
         help="backend/precision to load the bundle with; '-': as it was compiled",
     )
+    parser.add_argument(
+        "--no-merge", action="store_true", help="a bundle with its stages apart, see compile()"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--runs", type=int, default=5, help="processes per contender")
     parser.add_argument("--out", type=Path, help="folder of results (default: benchmarks/results)")
@@ -171,11 +174,15 @@ def main() -> None:
 
     width, height = (int(number) for number in args.size.split("x"))
     size = (height, width)
-    engine = fe.compile(args.model, size, portable=True, threads=args.threads)
+    apart = "-stages-apart" if args.no_merge else ""
+    engine = fe.compile(
+        args.model, size, portable=True, threads=args.threads, merge=not args.no_merge
+    )
     result = Result(
-        suite=f"deploy-{args.model}-{height}x{width}",
+        suite=f"deploy-{args.model}-{height}x{width}{apart}",
         device="cpu",
-        title=f"{args.model} {width}x{height} from a file: cold start and memory, medians",
+        title=f"{args.model} {width}x{height} from a file{apart.replace('-', ' ')}: "
+        "cold start and memory, medians",
         settings={"threads": args.threads, "runs": args.runs, "frames": FRAMES},
         command=command_line("benchmarks.deploy", sys.argv[1:]),
     )

@@ -62,6 +62,8 @@ class Settings:
     """Whether backends that need the PyTorch module are left out."""
     resumed_steps: int | None = None
     """Steps of a frame that starts from the one before; 0: the model's own choice."""
+    merge: bool = True
+    """Whether merged stages may be tried."""
 
     @property
     def measured(self) -> tuple[int, int]:
@@ -415,7 +417,7 @@ def _merged(
         if not BACKENDS[trial.backend].needs_module and network_kind(trial.precision) == "fp32"
     ]
     alone = settings.device == "cpu" and settings.resumed_steps is None
-    if not alone or not usable or _whole(found.executor) < _WORTH_MERGING_MS:
+    if not settings.merge or not alone or not usable or _whole(found.executor) < _WORTH_MERGING_MS:
         return found
     from fuseengine.export.merged import merge
 

@@ -115,6 +115,12 @@ def add_parser(commands: Any) -> None:
         "--warm-steps", type=positive_int, metavar="K", help="how many steps (default: the model's)"
     )
     parser.add_argument(
+        "--no-merge",
+        action="store_true",
+        help="keep the stages apart: a slow model then takes longer per frame, but loads faster "
+        "and into less memory",
+    )
+    parser.add_argument(
         "--no-cache", action="store_true", help="compile anew; leave the cache of engines alone"
     )
     talk = parser.add_argument_group("what is printed")
@@ -172,6 +178,7 @@ def _compile_here(args: argparse.Namespace, target: Target, here: bool) -> None:
         portable=True,
         temporal=args.temporal,
         warm_steps=args.warm_steps,
+        merge=not args.no_merge,
         cache=not args.no_cache,
     )
     save(args.output, engine, None if here else (target.name, target.title))

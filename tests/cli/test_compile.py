@@ -60,6 +60,19 @@ class TestCompile:
         ready = fe.compile("drfusion-s", (32, 40), backend="onnxruntime", threads=1, cache=False)
         np.testing.assert_array_equal(fe.load(out, threads=1)(ir, vis), ready(ir, vis))
 
+    def test_stages_apart(self, tmp_path, monkeypatch):
+        from fuseengine import search
+
+        monkeypatch.setattr(search, "_WORTH_MERGING_MS", 0.0)
+        monkeypatch.setattr(search, "_CLEARLY", 1e9)
+        options = "--size 32x32 --backend onnxruntime --precision fp32 --threads 1 --no-cache -q"
+        for name, more in (("merged", ()), ("apart", ("--no-merge",))):
+            out = tmp_path / f"{name}.fuse"
+            assert run("compile", "dmfuse-s", "-o", out, *options.split(), *more) == 0
+            with Bundle(out) as opened:
+                stages = {v.stage for v in opened.description.program.variants()}
+            assert any(stage.startswith("merged.") for stage in stages) == (name == "merged")
+
     def test_for_video(self, tmp_path, capsys):
         out = tmp_path / "m.fuse"
         options = "--size 32x32 --backend onnxruntime --precision fp32 --threads 1 --no-cache -q"

@@ -112,6 +112,13 @@ class TestSearch:
         loaded = fe.load(tmp_path / "merged.fuse", threads=1)
         np.testing.assert_array_equal(loaded(*frames), engine(*frames))
 
+    def test_not_where_it_is_ruled_out(self, compiled):
+        assert compiled(1e9, merge=True).report.choice == {"merged.0-0": "onnxruntime/fp32"}
+        engine = compiled(1e9, merge=False)  # another key in the cache
+        assert not engine.report.from_cache
+        assert not any("merged" in c.note for c in engine.report.candidates)
+        assert "merged.0" not in str(engine.program)
+
     def test_not_for_video(self, compiled):
         model = system("mask-difuser-s")
         engine = fe.compile(
