@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from fuseengine.errors import CompileError
+from fuseengine.export.divided import divide_convolutions
 from fuseengine.kernels import onnx_forms
 from fuseengine.program import resolve
 
@@ -151,6 +152,7 @@ def stage_to_onnx(
     results = [results[i] for i in (use if use is not None else range(len(results)))]
     for result, (output, _) in zip(results, outputs, strict=True):
         writer.add("Identity", result, name=output)
+    writer.nodes = divide_convolutions(writer.nodes, writer.initializers)
     _drop_dead(writer, [n for n, _ in outputs])
     model = writer.model(
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(s)) for n, s in inputs],
