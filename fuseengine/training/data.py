@@ -123,12 +123,15 @@ def change_tone(x: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def add_grain(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Fine grain, standard deviation up to 0.025: texture of the source, to be kept."""
+    """Fine grain, standard deviation up to 0.025: texture of the source, to be kept.
+
+    Exact black stays: scanners put it around what they saw, and it is to be black in the result.
+    """
     grain = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
     if rng.random() < 0.5:
         grain = gaussian_blur(grain, float(rng.uniform(0.3, 0.8)))
         grain = grain / grain.std()
-    return x + 0.025 * float(rng.random()) * grain
+    return torch.where(x > 0, x + 0.025 * float(rng.random()) * grain, x)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from fuseengine.training import losses
 from fuseengine.training.data import (
     Patches,
     PatchSettings,
+    add_grain,
     change_tone,
     find_pair_folders,
     find_pairs,
@@ -163,6 +164,15 @@ class TestPatches:
             y = change_tone(x, rng).flatten()
             assert y.min() >= -1e-6 and y.max() <= 1 + 1e-6
             assert (y.diff() >= 0).all() and y[-1] - y[0] >= 0.34
+
+    def test_grain_leaves_black(self):
+        x = torch.full((1, 1, 24, 24), 0.5)
+        x[..., :8, :] = 0.0
+        for seed in range(4):
+            y = add_grain(x, np.random.default_rng(seed))
+            assert torch.equal(y[..., :8, :], x[..., :8, :])
+            noise = y[..., 8:, :] - 0.5
+            assert 0 < noise.std() < 0.03 and abs(noise.mean()) < 0.005
 
 
 class TestDegradations:

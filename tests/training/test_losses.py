@@ -17,6 +17,18 @@ def colours(*, batch=2, size=(20, 28), seed=0):
     return torch.cat(planes, dim=1)
 
 
+def _lost(a, b, f):
+    """1 - (I(a; f) + I(b; f)) / (H(a) + H(b)) of integer levels."""
+
+    def entropy(*pictures):
+        _, counts = np.unique(np.stack([p.ravel() for p in pictures]), axis=1, return_counts=True)
+        p = counts / counts.sum()
+        return -(p * np.log2(p)).sum()
+
+    shared = sum(entropy(x) + entropy(f) - entropy(x, f) for x in (a, b))
+    return 1 - shared / (entropy(a) + entropy(b))
+
+
 class TestEdges:
     def test_ramp(self):
         """Sobel of a slope s per pixel is 8 s, the border (replicated) left aside."""
@@ -65,6 +77,30 @@ class TestEdges:
         assert losses.invented_edges(dashes, flat, flat) == pytest.approx(
             0.01 * 255 * 40 / 82, rel=1e-3
         )
+
+    def test_lost_information(self):
+        """Grey levels on the bins' centres: the histograms are plain ones."""
+        rng = np.random.default_rng(0)
+        levels = rng.integers(0, 32, (3, 2, 1, 24, 24))
+        levels[2] = levels[1] // 2
+        a, b, f = torch.from_numpy(levels / 31.0)
+        images = {k: levels[i, :, 0] for i, k in enumerate("abf")}
+        expected = np.mean([_lost(*(images[k][n] for k in "abf")) for n in range(2)])
+        assert losses.lost_information(f, a, b) == pytest.approx(expected, abs=1e-6)
+        assert losses.lost_information(a, a, a) == pytest.approx(0, abs=1e-6)
+        assert losses.lost_information(1 - a, a, a) == pytest.approx(0, abs=1e-6)  # a tone curve
+        flat = torch.zeros_like(a)
+        assert losses.lost_information(flat, a, b) == pytest.approx(1, abs=1e-6)
+        assert losses.lost_information(flat, flat, flat) == pytest.approx(1)  # and no gradient
+
+    def test_lost_information_descends(self):
+        """Following its slope brings a picture nearer to what tells of both."""
+        a, b = picture_pair((32, 32), batch=1, seed=3)
+        f = (0.5 * (a + b)).requires_grad_(True)
+        before = losses.lost_information(f, a, b)
+        (slope,) = torch.autograd.grad(before, f)
+        after = losses.lost_information(f - 0.002 * slope.sign(), a, b)
+        assert after < before
 
     def test_stronger_chroma(self):
         grey, colour = torch.zeros(1, 2, 3, 3), torch.full((1, 2, 3, 3), -0.2)

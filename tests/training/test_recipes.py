@@ -12,6 +12,7 @@ from fuseengine.training import losses
 from fuseengine.training.masking import dual_mask
 from fuseengine.training.perceptual import perceptual_loss
 from fuseengine.training.recipes import recipe_for, stages_of
+from fuseengine.training.recipes.base import sometimes_grey
 from fuseengine.training.recipes.dmfuse import DMFuseFusion
 from fuseengine.training.recipes.drmf import DRMFFusion, DRMFRestoration, target_mask
 from fuseengine.training.recipes.mask_difuser import MaskDiFuserRecipe
@@ -267,7 +268,9 @@ class TestMaskDiFuser:
         a = a[:, :1].expand_as(a)
         with torch.no_grad():
             parts = recipe(model, (a, b), generator())
-            made_a, made_b = recipe.known_pair(b, generator())
+            draws = generator()
+            a, b = sometimes_grey(a, b, draws)
+            made_a, made_b = recipe.known_pair(b, draws)
         mean = losses.to_ycbcr((a + b) / 2)
         y_a, y_b = losses.to_ycbcr(a)[0], losses.to_ycbcr(b)[0]
         expected = 0.3 * losses.brightest(mean[0], y_a, y_b)
@@ -277,6 +280,18 @@ class TestMaskDiFuser:
         known = ((made_a + made_b) / 2 - b).abs().mean()
         assert parts["known"] == pytest.approx(2 * float(known), rel=1e-4)
         assert float(parts["range"]) < 1e-6
+
+    def test_terms_of_both_halves(self):
+        """A model that gives the mean: less contrast than the exposures that it is made of."""
+        model = small("mask-difuser-s")
+        recipe = recipe_for(model, "pairs")
+        recipe_for(model, "masking").initialise(model)
+        _, b = patches(model, recipe)
+        with torch.no_grad():
+            parts = recipe(model, (b, b), generator())
+            alone = recipe.weights.terms(b, b, b)
+        assert float(alone["contrast"]) == pytest.approx(0, abs=1e-5)
+        assert float(parts["contrast"]) > 0.02
 
     def test_perceptual_term(self, monkeypatch):
         import fuseengine.training.recipes.mask_difuser as module
@@ -300,6 +315,17 @@ class TestMaskDiFuser:
         assert (torch.stack(clean) >= 30).all()  # cells; what snow left clean comes on top
         one, _ = dual_mask(x, x, generator(), form="code")
         assert int((one[0] == x[0]).all(0).float().mean() * 64) == 36
+
+
+def test_a_quarter_without_colour():
+    a, b = torch.rand((2, 400, 3, 4, 4), generator=generator())
+    grey_a, grey_b = sometimes_grey(a, b, generator())
+    spread = [x.amax(1).sub(x.amin(1)).flatten(1).amax(1) for x in (grey_a, grey_b)]
+    without = [s == 0 for s in spread]
+    assert torch.equal(*without) and 60 <= int(without[0].sum()) <= 140
+    kept = ~without[0]
+    assert torch.equal(grey_a[kept], a[kept]) and torch.equal(grey_b[kept], b[kept])
+    torch.testing.assert_close(losses.to_ycbcr(grey_b)[0], losses.to_ycbcr(b)[0], rtol=0, atol=1e-6)
 
 
 class TestDMFuse:

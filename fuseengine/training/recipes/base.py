@@ -25,6 +25,7 @@ class ExtraWeights:
         correlation: :func:`losses.difference_correlation`.
         contrast: :func:`losses.lost_contrast`.
         invented: :func:`losses.invented_edges`.
+        information: :func:`losses.lost_information`.
         range: :func:`losses.out_of_range`; for heads that are not bounded by themselves.
     """
 
@@ -32,6 +33,7 @@ class ExtraWeights:
     correlation: float = 0.0
     contrast: float = 0.0
     invented: float = 0.0
+    information: float = 0.0
     range: float = 0.0
 
     def terms(self, fused: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -45,6 +47,8 @@ class ExtraWeights:
             made["contrast"] = self.contrast * losses.lost_contrast(fused, a, b)
         if self.invented:
             made["invented"] = self.invented * losses.invented_edges(fused, a, b)
+        if self.information:
+            made["information"] = self.information * losses.lost_information(fused, a, b)
         if self.range:
             made["range"] = self.range * losses.out_of_range(fused)
         return made
@@ -61,6 +65,7 @@ class ColourFusionWeights:
         chroma: |C - :func:`losses.stronger_chroma`|, summed over both.
         contrast: :func:`losses.lost_contrast` of Y.
         invented: :func:`losses.invented_edges` of Y.
+        information: :func:`losses.lost_information` of Y.
         range: :func:`losses.out_of_range`.
     """
 
@@ -70,6 +75,7 @@ class ColourFusionWeights:
     chroma: float = 2.0
     contrast: float = 0.2
     invented: float = 0.2
+    information: float = 0.0
     range: float = 5.0
 
     def terms(self, fused: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -83,6 +89,7 @@ class ColourFusionWeights:
             "chroma": self.chroma * (chroma - wanted).abs().sum(1).mean(),
             "contrast": self.contrast * losses.lost_contrast(y, y_a, y_b),
             "invented": self.invented * losses.invented_edges(y, y_a, y_b),
+            "information": self.information * losses.lost_information(y, y_a, y_b),
             "range": self.range * losses.out_of_range(fused),
         }
 
@@ -148,6 +155,16 @@ class Recipe(ABC):
         self, model: Any, pictures: Sequence[Tensor], generator: torch.Generator
     ) -> list[Tensor]:
         """Columns of the grid to look at: (N, 1 or 3, H, W) in [0, 1]."""
+
+
+def sometimes_grey(a: Tensor, b: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pairs (N, 3, H, W), a quarter of them without colour: two grey pictures make a grey one.
+
+    Most visible pictures have colour; what has only seen those paints grey ones.
+    """
+    grey = torch.rand(len(a), generator=generator).to(a).reshape(-1, 1, 1, 1) < 0.25
+    (luma_a, _), (luma_b, _) = losses.to_ycbcr(a), losses.to_ycbcr(b)
+    return torch.where(grey, luma_a, a), torch.where(grey, luma_b, b)
 
 
 def zero_head(head: nn.Module) -> None:

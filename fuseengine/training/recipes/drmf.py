@@ -23,6 +23,7 @@ from fuseengine.training.recipes.base import (
     ColourFusionWeights,
     ExtraWeights,
     Recipe,
+    sometimes_grey,
     zero_head,
 )
 
@@ -281,7 +282,8 @@ class DRMFRefinement(Recipe):
     ) -> dict[str, Tensor]:
         """The loss's terms for clean patches of both modalities."""
         a, b = pictures
-        seen_a, seen_b = _degraded(model, pictures, generator, self.chance)
+        a, b = sometimes_grey(a, b, generator)
+        seen_a, seen_b = _degraded(model, (a, b), generator, self.chance)
         noise = {"x_T": normal(a, generator)}
         fused = self.last_step(model, seen_a, seen_b, noise) * 0.5 + 0.5
         terms: dict[str, Tensor] = self.weights.terms(fused, a, b)

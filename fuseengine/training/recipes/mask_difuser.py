@@ -20,7 +20,12 @@ from fuseengine.training.degradations import MASKED, degrade_one_of
 from fuseengine.training.diffusion import antithetic_timesteps, normal, sqrt_abar
 from fuseengine.training.masking import dual_mask, exposure_pair, focus_pair
 from fuseengine.training.perceptual import perceptual_loss
-from fuseengine.training.recipes.base import ColourFusionWeights, Recipe, zero_head
+from fuseengine.training.recipes.base import (
+    ColourFusionWeights,
+    Recipe,
+    sometimes_grey,
+    zero_head,
+)
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,10 @@ class MaskDiFuserPairWeights(ColourFusionWeights):
     known: float = 2.0
 
 
+_OF_BOTH = ("contrast", "information", "range")
+"""Terms of both halves: the edges of an exposure may be stronger than those of the picture."""
+
+
 class MaskDiFuserPairs(Recipe):
     """Registered pairs without an answer, and as many pairs made from one picture, which have one.
 
@@ -156,13 +165,16 @@ class MaskDiFuserPairs(Recipe):
     ) -> dict[str, Tensor]:
         """The loss's terms for patches a and b."""
         a, b = pictures
+        a, b = sometimes_grey(a, b, generator)
         made_a, made_b = self.known_pair(b, generator)
-        fused = self.estimate(model, torch.cat([a, made_a]), torch.cat([b, made_b]), generator)
+        all_a, all_b = torch.cat([a, made_a]), torch.cat([b, made_b])
+        fused = self.estimate(model, all_a, all_b, generator)
         pair, known = fused.chunk(2)
         w = self.weights
+        every = w.terms(fused, all_a, all_b)
         return {
             **w.terms(pair, a, b),
-            "range": w.range * losses.out_of_range(fused),  # of both halves
+            **{name: every[name] for name in _OF_BOTH},
             "known": w.known * (known - b).abs().mean(),
         }
 
