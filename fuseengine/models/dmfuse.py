@@ -30,8 +30,9 @@ does this model (``padding="reflect"`` does not).
 Parameters: U-Net 24,473,315 and head 531,374 (the public head's file holds 119,632 more that never
 run), together 25,004,689; the paper counts 24.967 M. ``dmfuse-s`` is this project's: narrower, four
 levels, on 2x2 blocks of pixels as channels, attention in the U-Net's middle only, reflected at the
-border, and its head gives a correction of the sources' mean (``residual``); 760,761 parameters, 68
-GFLOP for a 640x480 pair, all six passes and the criss-cross attention included.
+border, and its head says which source to follow and what to add (``residual``, ``Correction``);
+775,917 parameters, 70 GFLOP for a 640x480 pair, all six passes and the criss-cross attention
+included.
 """
 
 from __future__ import annotations
@@ -49,7 +50,13 @@ from fuseengine.errors import SettingError
 from fuseengine.kernels import criss_cross_attention
 from fuseengine.models.base import FusionModel
 from fuseengine.models.checkpoint import Official
-from fuseengine.models.layers import ChannelSpatialGate, ResidualBlock, SelfAttention, TimeShifts
+from fuseengine.models.layers import (
+    BlockConv,
+    ChannelSpatialGate,
+    ResidualBlock,
+    SelfAttention,
+    TimeShifts,
+)
 from fuseengine.models.pictures import Padding, crop_like
 from fuseengine.models.sampling import Draws, cosine_schedule, diffuse
 from fuseengine.models.unet import Denoiser, UNet
@@ -142,6 +149,34 @@ class Output(nn.Module):
         return torch.tanh(F.pixel_shuffle(f, self.patch) if self.patch > 1 else f)
 
 
+class Correction(nn.Module):
+    """``(a + b) / 2 + s (a - b) / 2 + c``: s = 1 is a, s = -1 is b; c is added.
+
+    s and c come from f and from both pictures: features that have gone through norms do not say
+    which picture is the brighter one.
+
+    Args:
+        width: channels of the head per modality.
+        patch: space-to-depth factor.
+    """
+
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.look = BlockConv(2, width, patch=patch)
+        self.join = nn.Conv2d(3 * width, 2 * width, 3, padding=1)
+        self.conv = nn.Conv2d(2 * width, 2 * patch * patch, 1)
+
+    def forward(self, f: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """(N, 2 width, H / patch, W / patch), two (N, 1, H, W) -> (N, 1, H, W) in (-1, 2)."""
+        seen = F.leaky_relu(self.look(torch.cat([a, b], dim=1)), 0.2)
+        f = f + F.leaky_relu(self.join(torch.cat([f, seen], dim=1)), 0.2)
+        added, side = self.conv(f).chunk(2, dim=1)
+        if self.patch > 1:
+            added, side = (F.pixel_shuffle(y, self.patch) for y in (added, side))
+        return (a + b) * 0.5 + torch.tanh(side) * ((a - b) * 0.5) + torch.tanh(added)
+
+
 class DMFuse(FusionModel):
     """DMFuse; see the module's docstring for sources and deviations.
 
@@ -160,8 +195,8 @@ class DMFuse(FusionModel):
         patch: space-to-depth factor of the U-Net and the head (1 in the official network).
         padding: what stands right of and below a picture whose size is no multiple: "white"
             (official) or "reflect".
-        residual: whether the head gives a correction of the sources' mean; officially it gives the
-            fused picture.
+        residual: whether the head starts from the sources, see :class:`Correction`; officially it
+            gives the fused picture.
 
     Raises:
         SettingError: a setting outside what is allowed.
@@ -223,7 +258,7 @@ class DMFuse(FusionModel):
         self.project = Projections(head_width)
         self.join = Join(learned=update == "code")
         self.decoder = DecoderStep(head_width)
-        self.output = Output(head_width, patch)
+        self.output = (Correction if residual else Output)(head_width, patch)
         # Reflection at the coarsest level needs two pixels there; the public code pads to 32.
         self.multiple = math.lcm(32, 2 * unet.multiple)
         self.stages = (
@@ -267,7 +302,7 @@ class DMFuse(FusionModel):
     def fuse(self, a: Tensor, b: Tensor, noise: Mapping[str, Tensor] | None = None) -> Tensor:
         """The fused picture for pictures whose sides are multiples of ``multiple``.
 
-        In (-1, 1), or with ``residual`` less than 1 from the sources' mean.
+        In (-1, 1), or with ``residual`` less than 1 from what lies between the sources.
         """
         draws = Draws(self.noise_names(), noise, self.seed)
         encoded_a, encoded_b = (
@@ -278,8 +313,7 @@ class DMFuse(FusionModel):
         f = joined[-1]
         for level in reversed(joined[:-1]):
             f = self.decoder(f, level)
-        made = self.output(f)
-        return made + (a + b) * 0.5 if self.residual else made
+        return self.output(f, a, b) if self.residual else self.output(f)
 
     def features(self, picture: Tensor, source: str, draws: Draws) -> list[Tensor]:
         """F^k: decoder features of all noise levels side by side, per resolution, fine to coarse.

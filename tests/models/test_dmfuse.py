@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections import OrderedDict
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 import fuseengine as fe
 from fuseengine.errors import CheckpointError, SettingError
+from fuseengine.models.dmfuse import Correction
 from tests.helpers import load_golden, picture_pair, shared_path, tiny
 from tests.models.tools import (
     GAPS,
@@ -146,8 +148,8 @@ class TestSizes:
             model = fe.build("dmfuse-s")
             x = torch.empty(1, 1, 480, 640)
             total, _ = operations(model, x, x)
-        assert sum(p.numel() for p in model.parameters()) == 760_761  # in the docstring
-        assert total / 1e9 == pytest.approx(68, abs=0.5)  # likewise; 120 is the limit
+        assert sum(p.numel() for p in model.parameters()) == 775_917  # in the docstring
+        assert total / 1e9 == pytest.approx(70, abs=0.5)  # likewise; 120 is the limit
 
     @pytest.mark.parametrize("size", [(1, 1), (5, 70), (33, 48)])
     @pytest.mark.parametrize("name", ["dmfuse", "dmfuse-s"])
@@ -184,6 +186,55 @@ def attention_by_hand(centre, path, value):
             seen = torch.stack([value[0, :, h, w] for h, w in cross])
             out[0, :, i, j] = (weights[:, None] * seen).sum(0)
     return out
+
+
+class TestCorrection:
+    def made(self, added, side, *, patch=2):
+        """A head that says the same everywhere, on two pictures."""
+        layer = Correction(3, patch)
+        with torch.no_grad():
+            layer.conv.weight.zero_()
+            added, side = (torch.full((patch**2,), math.atanh(x)) for x in (added, side))
+            layer.conv.bias.copy_(torch.cat([added, side]))
+            a, b = picture_pair((8, 12), batch=2)
+            return layer(torch.randn(2, 6, 8 // patch, 12 // patch), a, b), a, b
+
+    @pytest.mark.parametrize("patch", [1, 2])
+    def test_side_and_sum(self, patch):
+        near = 1 - 1e-7  # what atanh takes
+        for added, side, wanted in (
+            (0.0, 0.0, lambda a, b: (a + b) / 2),
+            (0.0, near, lambda a, b: a),
+            (0.0, -near, lambda a, b: b),
+            (0.25, 0.5, lambda a, b: 0.75 * a + 0.25 * b + 0.25),
+        ):
+            got, a, b = self.made(added, side, patch=patch)
+            torch.testing.assert_close(got, wanted(a, b), rtol=0, atol=1e-5)
+
+    def test_it_can_tell_which_is_brighter(self):
+        """A sign of a - b in the sources' features alone makes the maximum of both."""
+        layer = Correction(2, 1)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.zero_()
+            layer.look.conv.weight[0, :, 1, 1] = torch.tensor([1.0, -1.0])  # a - b, leaky
+            layer.look.conv.weight[1, :, 1, 1] = torch.tensor([-1.0, 1.0])  # b - a
+            layer.join.weight[0, 4, 1, 1] = layer.join.weight[1, 5, 1, 1] = 1.0
+            layer.conv.weight[1, :2, 0, 0] = torch.tensor([1e6, -1e6])  # the side
+            a, b = picture_pair((8, 12), batch=2)
+            got = layer(torch.zeros(2, 4, 8, 12), a, b)
+        torch.testing.assert_close(got, torch.maximum(a, b), rtol=0, atol=1e-5)
+
+    def test_blocks_of_pixels(self):
+        """Channels are the sum's 2x2 pixels, then the side's."""
+        layer = Correction(1, 2)
+        with torch.no_grad():
+            layer.conv.weight.zero_()
+            layer.conv.bias.copy_(torch.atanh(torch.arange(8) / 10))
+            a, b = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+            got = layer(torch.zeros(1, 2, 1, 1), a, b)
+        added = torch.tensor([[0.0, 0.1], [0.2, 0.3]])
+        torch.testing.assert_close(got[0, 0], 0.5 + (added + 0.4) / 2 + added)
 
 
 class TestExchange:
@@ -274,7 +325,7 @@ def test_the_forward_can_be_traced():
         "output": 1,
     }
     ops = {"criss_cross_attention", "ddim_step", "standard_normal"}
-    assert names == {"add", "sub", "mul", "cat", "clamp", "getitem", *ops}
+    assert names == {"sub", "mul", "cat", "clamp", "getitem", *ops}
     pair = picture_pair((32, 64))
     with torch.no_grad():
         assert torch.equal(graph(*pair), model(*pair))
