@@ -37,11 +37,15 @@ _EXACT_DB = 80.0
 """What a candidate that calls itself float32 must reach against the reference."""
 
 _QUICK_SECONDS = 0.4
+"""Time that a quick search spends on timing one candidate, about."""
+
 _WORTH_MERGING_MS = 250.0
 """Merging is tried from here: below, what a frame saves hardly pays for the longer search."""
-_CLEARLY = 0.98
-"""Of the time of stages apart: merged ones are taken below."""
-"""Time that a quick search spends on timing one candidate, about."""
+
+_CLEARLY = 0.9
+"""Of the time of stages apart: merged ones are taken below. They repeat what a loop repeats, so
+they load up to three times as long and take more memory, which a few percent are not worth.
+"""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _CONFIGURATIONS = {
     "drfusion-s": _Configuration(1_368_135, 3, "luma", 4),
     "drfusion-m": _Configuration(7_961_235, 3, "luma", 4),
     "drfusion": _Configuration(31_773_119, 3, "luma", 2),
-    "dmfuse-s": _Configuration(760_761, 1, "luma", 32),
+    "dmfuse-s": _Configuration(775_917, 1, "luma", 32),
     "dmfuse": _Configuration(25_004_689, 1, "luma", 32),
     "drmf-s": _Configuration(2_107_825, 5, "rgb", 32),
     "drmf": _Configuration(170_983_816, 5, "rgb", 16),
