@@ -387,6 +387,7 @@ def measure_memory(result: harness.Result, size: tuple[int, int], threads: int) 
 def overhead_contenders() -> dict[str, Callable[[], Any]]:
     """One DDIM step of 12 numbers, by way of each kind of registration."""
     import torch
+    from torch import library as torch_library
 
     from fuseengine.kernels import ddim_step
 
@@ -396,7 +397,7 @@ def overhead_contenders() -> dict[str, Callable[[], Any]]:
         return direct(x, eps, a, b, c, d)
 
     schema = "(Tensor x, Tensor eps, float a, float b, float c, float d) -> Tensor"
-    custom = torch.library.custom_op(
+    custom = torch_library.custom_op(
         "benchmarks_ops::ddim_step", step, mutates_args=(), schema=schema
     )
     x, eps = torch.randn(2, 1, 3, 2, 2)
@@ -408,7 +409,7 @@ def overhead_contenders() -> dict[str, Callable[[], Any]]:
         ),
         "Python function": partial(direct, x, eps, *SCALES),
         "Library.define and impl": partial(torch.ops.fuse.ddim_step, x, eps, *SCALES),
-        "torch.library.custom_op": partial(custom, x, eps, *SCALES),
+        "PyTorch's custom_op": partial(custom, x, eps, *SCALES),
         "public function": partial(ddim_step, x, eps, *SCALES),
     }
 

@@ -228,7 +228,7 @@ class Plan:
 
     Attributes:
         content: what ``Runtime.deserialize_cuda_engine`` takes.
-        library: import name of what built it.
+        package: import name of what built it.
         version: of that.
         target: of the GPU: its name and capability, or the capability alone.
         seconds: that building took; of one from the cache, that reading took.
@@ -236,7 +236,7 @@ class Plan:
     """
 
     content: bytes = field(repr=False)
-    library: str
+    package: str
     version: str
     target: str
     seconds: float
@@ -680,8 +680,8 @@ class LoadedPlan:
     """A plan that a GPU can run.
 
     Attributes:
-        library: what reads it.
-        engine: the library's ``ICudaEngine``.
+        reader: the TensorRT that reads it.
+        engine: its ``ICudaEngine``.
         inputs: names of its inputs in the network's order.
         outputs: names of its outputs.
     """
@@ -693,22 +693,22 @@ class LoadedPlan:
             BackendUnavailableError: another version of the library is installed.
             CompileError: the library refuses it: another GPU, damaged.
         """
-        self.library = find_library(plan.library)
-        if self.library.version != plan.version:
+        self.reader = find_library(plan.package)
+        if self.reader.version != plan.version:
             raise BackendUnavailableError(
-                f"the plan is one of {plan.library} {plan.version}, installed is "
-                f"{self.library.version}; build it again here"
+                f"the plan is one of {plan.package} {plan.version}, installed is "
+                f"{self.reader.version}; build it again here"
             )
-        with _lock, _collected_errors(self.library) as errors:
+        with _lock, _collected_errors(self.reader) as errors:
             # The runtime must outlive the engine.
-            self._runtime = self.library.module.Runtime(logger(self.library))
+            self._runtime = self.reader.module.Runtime(logger(self.reader))
             self.engine = self._runtime.deserialize_cuda_engine(plan.content)
             if self.engine is None:
                 raise CompileError(
-                    f"{self.library.name} {self.library.version} refuses the plan for "
+                    f"{self.reader.name} {self.reader.version} refuses the plan for "
                     f"{plan.target}: {_joined(errors) or 'no reason given'}; build it on this GPU"
                 )
-        mode = self.library.module.TensorIOMode
+        mode = self.reader.module.TensorIOMode
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == mode.INPUT]
         self.outputs = [n for n in names if self.engine.get_tensor_mode(n) == mode.OUTPUT]
@@ -721,7 +721,7 @@ class LoadedPlan:
 
     def summary(self) -> Summary:
         """What the engine inspector tells."""
-        trt = self.library.module
+        trt = self.reader.module
         inspector = self.engine.create_engine_inspector()
         text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         weights = None

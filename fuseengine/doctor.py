@@ -216,7 +216,7 @@ def _backend_state(
     backend: Backend, device: str, packages: Mapping[str, str], deep: bool
 ) -> BackendState:
     unasked = ""
-    if backend.library == "torch" and device == "cuda" and not deep and packages["torch"]:
+    if backend.package == "torch" and device == "cuda" and not deep and packages["torch"]:
         # Whether PyTorch sees the device, only PyTorch knows, and importing it takes seconds.
         unasked = f"PyTorch {packages['torch']} is installed; --deep asks it for the device"
     else:

@@ -39,7 +39,7 @@ class Backend(ABC):
     name: ClassVar[str]
     extra: ClassVar[str]
     """The install extra that brings its library."""
-    library: ClassVar[str]
+    package: ClassVar[str]
     """The import name of its library."""
     needs_module: ClassVar[bool] = False
     """Whether it lowers PyTorch modules, which no bundle holds, instead of ONNX networks."""
@@ -48,9 +48,9 @@ class Backend(ABC):
 
     def unavailable(self, device: str) -> str | None:
         """Why it cannot be used on a device ("cpu", "cuda"); None when it can."""
-        if importlib.util.find_spec(self.library) is None:
+        if importlib.util.find_spec(self.package) is None:
             return (
-                f"{self.library} is not installed; install it with: "
+                f"{self.package} is not installed; install it with: "
                 f"pip install 'fuseengine[{self.extra}]'"
             )
         return None

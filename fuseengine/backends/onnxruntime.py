@@ -18,7 +18,7 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
     extra = "compile"
-    library = "onnxruntime"
+    package = "onnxruntime"
 
     def unavailable(self, device: str) -> str | None:
         """Only the CPU: stages on a GPU go through PyTorch or TensorRT."""

@@ -19,7 +19,7 @@ class OpenVinoBackend(Backend):
 
     name = "openvino"
     extra = "openvino"
-    library = "openvino"
+    package = "openvino"
 
     def unavailable(self, device: str) -> str | None:
         """Only the CPU."""

@@ -18,7 +18,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     extra = "compile"
-    library = "torch"
+    package = "torch"
     needs_module = True
 
     def unavailable(self, device: str) -> str | None:

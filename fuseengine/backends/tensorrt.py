@@ -32,7 +32,7 @@ class TensorRtBackend(Backend):
 
     name = "tensorrt"
     extra = "tensorrt"
-    library = "tensorrt"
+    package = "tensorrt"
     quick = False
 
     def unavailable(self, device: str) -> str | None:
@@ -115,11 +115,11 @@ class PlanRunner:
 
     def __init__(self, plan: LoadedPlan) -> None:
         self.plan = plan
-        strategy = plan.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        strategy = plan.reader.module.ExecutionContextAllocationStrategy.USER_MANAGED
         self.context = plan.engine.create_execution_context(strategy)
         if self.context is None:
             raise CompileError(
-                f"{plan.library.name} gives no execution context (out of device memory?); free "
+                f"{plan.reader.name} gives no execution context (out of device memory?); free "
                 "memory, or use a smaller picture size"
             )
         self._scratch: Any = None
@@ -151,7 +151,7 @@ class PlanRunner:
             where = address_of(self._scratch, "scratch", "|u1")
             context.set_device_memory(where, plan.activation_bytes)
         stream = _stream_of(inputs[0])
-        library = f"{plan.library.name} {plan.library.version}"
+        library = f"{plan.reader.name} {plan.reader.version}"
 
         # `keep` holds the arrays: a captured graph writes to their addresses.
         def call(keep: object = tensors) -> None:

@@ -142,7 +142,7 @@ class FakePlan:
     def __init__(self, shape=(1, 2, 4, 4), broken=False, memory=True):
         strategy = types.SimpleNamespace(USER_MANAGED="user managed")
         module = types.SimpleNamespace(ExecutionContextAllocationStrategy=strategy)
-        self.library = tensorrt.Library(module, "tensorrt", "10.3.0")
+        self.reader = tensorrt.Library(module, "tensorrt", "10.3.0")
         self.contexts = []
         self.engine = types.SimpleNamespace(shape=shape, broken=broken)
         self.engine.get_tensor_shape = lambda name: shape

@@ -126,7 +126,7 @@ def test_overhead(tmp_path, capsys):
     assert result["suite"] == "op-overhead"
     for mode in ("gradients enabled", "inference mode"):
         base = rows[f"Python function, {mode}"]["us a call"]
-        for way in ("Library.define and impl", "torch.library.custom_op", "public function"):
+        for way in ("Library.define and impl", "PyTorch's custom_op", "public function"):
             row = rows[f"{way}, {mode}"]
             assert row["us a call"] == pytest.approx(1e3 * row["p50_ms"])
             assert row["us over function"] == pytest.approx(row["us a call"] - base)

@@ -100,7 +100,7 @@ class TestEveryStage:
             settings = dataclasses.replace(QUICK, shapes=shapes_of(program, calls[0]))
             plan = build(model.SerializeToString(), settings, library=RTX, cache=False)
             assert len(plan.content) > 1000, variant.label
-            assert (plan.library, plan.target, plan.from_cache) == (RTX, "sm_86", False)
+            assert (plan.package, plan.target, plan.from_cache) == (RTX, "sm_86", False)
 
     @pytest.mark.parametrize("name", SYSTEMS)
     def test_whole_model_builds(self, name):

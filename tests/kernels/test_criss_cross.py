@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import library as torch_library
 
 from fuseengine import _native
 from fuseengine.errors import SettingError
@@ -177,7 +178,7 @@ class TestGradients:
 def test_opcheck(shape, dtype, turned):
     tensors = drawn(shape, dtype)
     tensors = [t.transpose(2, 3) for t in tensors] if turned else tensors
-    torch.library.opcheck(torch.ops.fuse.criss_cross_attention, tuple(tensors))
+    torch_library.opcheck(torch.ops.fuse.criss_cross_attention, tuple(tensors))
 
 
 @pytest.mark.parametrize(

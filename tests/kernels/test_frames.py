@@ -7,6 +7,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
+from torch import library as torch_library
 
 from fuseengine.errors import SettingError, UnknownNameError
 from fuseengine.kernels import (
@@ -179,7 +180,7 @@ class TestFrameIn:
             CHANNELS, (torch.float32, torch.float16, torch.float64), strict=True
         ):
             given = (frame, channels, 5, 6, 0.1, 0.01, out)
-            torch.library.opcheck(torch.ops.fuse.frame_in, given)
+            torch_library.opcheck(torch.ops.fuse.frame_in, given)
 
     @pytest.mark.parametrize("channels", CHANNELS)
     def test_gradients(self, channels):
@@ -302,7 +303,7 @@ class TestFrameOut:
             for tail in ((3,), (1,), (), None):
                 visible = None if tail is None else drawn((2, 3, 4, *tail), dtype)
                 given = (fused, visible, 3, 4, dtype)
-                torch.library.opcheck(torch.ops.fuse.frame_out, given)
+                torch_library.opcheck(torch.ops.fuse.frame_out, given)
 
     def test_gradients(self):
         fused = (0.4 + 0.2 * drawn((1, 1, 3, 4), torch.float64)).requires_grad_()
@@ -389,7 +390,7 @@ class TestYcbcr:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
     def test_opcheck(self, op, dtype):
         for x in (drawn((1, 3, 2, 5), dtype), drawn((2, 3, 4, 3), dtype).transpose(2, 3)):
-            torch.library.opcheck(op, (x,))
+            torch_library.opcheck(op, (x,))
 
     def test_gradients(self):
         x = drawn((1, 3, 2, 2), torch.float64).requires_grad_()
@@ -428,7 +429,7 @@ class TestPadReflect:
     def test_opcheck_and_gradients(self):
         for dtype in (torch.float32, torch.float64):
             x = drawn((1, 2, 3, 4), dtype)
-            torch.library.opcheck(torch.ops.fuse.pad_reflect, (x, 3, 9))
+            torch_library.opcheck(torch.ops.fuse.pad_reflect, (x, 3, 9))
         assert torch.autograd.gradcheck(lambda t: pad_reflect(t, 7, 11), x.requires_grad_())
 
     def test_crop_is_a_view(self):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import library as torch_library
 
 from fuseengine import _native
 from fuseengine.errors import SettingError
@@ -152,7 +153,7 @@ def test_opcheck(shape, groups, dtype, layout):
     elif layout == "turned":
         x, shift = x.transpose(2, 3), None
     arguments = (x, weight, bias, shift, groups, 1e-5, True)
-    torch.library.opcheck(torch.ops.fuse.group_norm_silu, arguments)
+    torch_library.opcheck(torch.ops.fuse.group_norm_silu, arguments)
 
 
 @pytest.mark.parametrize(

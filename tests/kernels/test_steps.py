@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch import library as torch_library
 
 from fuseengine.errors import SettingError
 from fuseengine.kernels import (
@@ -76,7 +77,7 @@ class TestDdim:
     @pytest.mark.parametrize("shape", [(), (7,), (1, 3, 4, 5), (0, 3)])
     def test_opcheck(self, shape, dtype):
         x, eps = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-        torch.library.opcheck(torch.ops.fuse.ddim_step, (x, eps, *SCALES))
+        torch_library.opcheck(torch.ops.fuse.ddim_step, (x, eps, *SCALES))
 
     def test_gradients(self):
         x, eps, *_ = (t.requires_grad_() for t in tensors((1, 3, 2, 2)))
@@ -164,12 +165,12 @@ class TestJoint:
     )
     def test_opcheck(self, shape, dtype, form):
         arguments = (*tensors(shape, dtype), *SCALES, 0.3, form)
-        torch.library.opcheck(torch.ops.fuse.joint_ddim_step, arguments)
+        torch_library.opcheck(torch.ops.fuse.joint_ddim_step, arguments)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_opcheck_strided(self, dtype):
         given_ = [t.transpose(2, 3) for t in tensors((1, 3, 4, 5), dtype)]
-        torch.library.opcheck(torch.ops.fuse.joint_ddim_step, (*given_, *SCALES, 0.3, "code"))
+        torch_library.opcheck(torch.ops.fuse.joint_ddim_step, (*given_, *SCALES, 0.3, "code"))
 
     @pytest.mark.parametrize("form", ["code", "paper"])
     def test_gradients(self, form):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library as torch_library
 
 from fuseengine import kernels
 from fuseengine.errors import SettingError
@@ -128,7 +129,7 @@ class TestNoise:
 
     def test_opcheck_and_gradients(self):
         x, eps, noise, *_ = drawn((1, 3, 2, 2))
-        torch.library.opcheck(torch.ops.fuse.ddim_step, (x, eps, *SCALES, noise, 0.2))
+        torch_library.opcheck(torch.ops.fuse.ddim_step, (x, eps, *SCALES, noise, 0.2))
         given = [t.requires_grad_() for t in (x, eps, noise)]
         assert torch.autograd.gradcheck(lambda x, e, z: ddim_step(x, e, *SCALES, z, 0.4), given)
 
@@ -179,7 +180,7 @@ class TestComposePriors:
     def test_opcheck(self, dtype, turned):
         given = drawn((2, 3, 4, 5), dtype, planes=1)
         given = [t.transpose(2, 3) for t in given] if turned else given
-        torch.library.opcheck(torch.ops.fuse.compose_priors, (*given, *SCALES, "code"))
+        torch_library.opcheck(torch.ops.fuse.compose_priors, (*given, *SCALES, "code"))
 
     @pytest.mark.parametrize("form", ["code", "paper"])
     def test_gradients(self, form):

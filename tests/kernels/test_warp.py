@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library as torch_library
 
 from fuseengine.errors import SettingError, UnknownNameError
 from fuseengine.kernels import warp, warp_reference
@@ -185,8 +186,8 @@ class TestOp:
     @pytest.mark.parametrize("kind", ["homography", "map each"])
     def test_opcheck(self, kind, dtype):
         x, places = drawn((2, 1, 4, 5), dtype), coordinates_for(kind, (2, 1, 4, 5), (3, 6))
-        torch.library.opcheck(torch.ops.fuse.warp, (x, places, 3, 6, "clamp"))
-        torch.library.opcheck(torch.ops.fuse.warp, (x[:0], places[:1], 3, 6, "zero"))
+        torch_library.opcheck(torch.ops.fuse.warp, (x, places, 3, 6, "clamp"))
+        torch_library.opcheck(torch.ops.fuse.warp, (x[:0], places[:1], 3, 6, "zero"))
 
     @pytest.mark.parametrize("border", BORDERS)
     def test_gradients(self, border):

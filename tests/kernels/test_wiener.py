@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library as torch_library
 
 from fuseengine import _native
 from fuseengine.errors import SettingError
@@ -314,13 +315,13 @@ class TestRegistration:
         x = x.transpose(-1, -2) if turned else x
         for kind in (torch.complex64, torch.float32):
             _, spectrum = drawn(x.shape, dtype, kind)
-            torch.library.opcheck(torch.ops.fuse.wiener_filter, (x, spectrum))
+            torch_library.opcheck(torch.ops.fuse.wiener_filter, (x, spectrum))
 
     @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
     @pytest.mark.parametrize("size", [(1, 1), (9, 8), (7, 5)])
     def test_opcheck_spectrum(self, size, dtype):
         kernel = drawn((3, 5))[0].to(dtype)
-        torch.library.opcheck(torch.ops.fuse.wiener_spectrum, (kernel, *size, 0.1))
+        torch_library.opcheck(torch.ops.fuse.wiener_spectrum, (kernel, *size, 0.1))
 
     def test_compile_sees_one_op(self):
         graphs = []
