@@ -1,9 +1,9 @@
 """A convolution whose result is split by channels, as one convolution per part.
 
-The two halves of a gated layer, or queries, keys and values, come out of one convolution and are
-told apart at once. OpenVINO copies them for that (a tenth of ``dmnet-s``'s time), and no runtime
-can write halves apart that one convolution makes together. Each output channel of a convolution
-depends on its own weights only, so the division is exact.
+The two halves of a gated layer come out of one convolution and are told apart at once. OpenVINO
+copies them for that (a tenth of ``dmnet-s``'s time), and no runtime can write halves apart that one
+convolution makes together. Each output channel of a convolution depends on its own weights only, so
+the division is exact.
 """
 
 from __future__ import annotations

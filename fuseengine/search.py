@@ -42,7 +42,7 @@ _QUICK_SECONDS = 0.4
 _WORTH_MERGING_MS = 250.0
 """Merging is tried from here: below, what a frame saves hardly pays for the longer search."""
 
-_CLEARLY = 0.9
+_MERGED_AT_MOST = 0.9
 """Of the time of stages apart: merged ones are taken below. They repeat what a loop repeats, so
 they load up to three times as long and take more memory, which a few percent are not worth.
 """
@@ -444,7 +444,7 @@ def _merged(
     # In turns: the two were measured seconds apart.
     turns = [(_whole(found.executor), _whole(trial.executor)) for _ in range(5)]
     apart, together = (min(times) for times in zip(*turns, strict=True))
-    if together > _CLEARLY * apart:
+    if together > _MERGED_AT_MOST * apart:
         note = f"merged stages: {together / apart:.2f} of the time apart"
         return _with_candidate(found, replace(tried, note=note))
     choice = dict.fromkeys(program.variants(), how)

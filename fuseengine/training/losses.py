@@ -74,8 +74,14 @@ def lost_information(fused: Tensor, a: Tensor, b: Tensor, bins: int = 32) -> Ten
 
     MI (Qu, Zhang, Yan 2002) over its largest value, per picture. The histograms are Parzen
     estimates (Thevenaz and Unser 2000): each value is shared between the two bins about it, so that
-    they have a derivative. What keeps it low is a tone that changes from place to place: halos,
-    haze, a black background that is not black.
+    they have a derivative, and H is the information of a picture's histogram with itself. A tone
+    that changes from place to place costs information: halos, haze, a background not quite black.
+
+    Args:
+        fused: (N, 1, H, W); values outside [0, 1] count as its ends.
+        a: source A, (N, 1, H, W) in [0, 1].
+        b: source B, likewise.
+        bins: of each histogram.
     """
     of_f, of_a, of_b = (_memberships(x, bins) for x in (fused, a, b))
     shared = _information(of_a, of_f) + _information(of_b, of_f)

@@ -64,7 +64,7 @@ class TestCompile:
         from fuseengine import search
 
         monkeypatch.setattr(search, "_WORTH_MERGING_MS", 0.0)
-        monkeypatch.setattr(search, "_CLEARLY", 1e9)
+        monkeypatch.setattr(search, "_MERGED_AT_MOST", 1e9)
         options = "--size 32x32 --backend onnxruntime --precision fp32 --threads 1 --no-cache -q"
         for name, more in (("merged", ()), ("apart", ("--no-merge",))):
             out = tmp_path / f"{name}.fuse"

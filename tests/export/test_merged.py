@@ -87,7 +87,7 @@ class TestSearch:
         monkeypatch.setattr(search, "_WORTH_MERGING_MS", 0.0)
 
         def make(clearly, **options):
-            monkeypatch.setattr(search, "_CLEARLY", clearly)
+            monkeypatch.setattr(search, "_MERGED_AT_MOST", clearly)
             given = {"backend": "onnxruntime", "precision": "fp32", "threads": 1, **options}
             return fe.compile(system("dmnet-s"), SIZE, guard_db=30.0, **given)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -54,6 +54,19 @@ class ExtraWeights:
         return made
 
 
+COLOUR_TERMS = (
+    "gradient",
+    "correlation",
+    "brightest",
+    "chroma",
+    "contrast",
+    "invented",
+    "information",
+    "range",
+)
+"""Terms of :class:`ColourFusionWeights`."""
+
+
 @dataclass(frozen=True)
 class ColourFusionWeights:
     """Weights of this project's terms on fused colour pictures; Y is luma, C chroma.
@@ -78,20 +91,31 @@ class ColourFusionWeights:
     information: float = 0.0
     range: float = 5.0
 
-    def terms(self, fused: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-        """The weighted terms, for (N, 3, H, W) in [0, 1]; fused may lie outside."""
+    def terms(
+        self, fused: Tensor, a: Tensor, b: Tensor, names: Collection[str] = COLOUR_TERMS
+    ) -> dict[str, Tensor]:
+        """The weighted terms of some names, those without weight left out.
+
+        Args:
+            fused: (N, 3, H, W), in [0, 1] but for what ``range`` is to bring back.
+            a: source A, (N, 3, H, W) in [0, 1].
+            b: source B, likewise.
+            names: some of :data:`COLOUR_TERMS`.
+        """
         (y, chroma), (y_a, chroma_a), (y_b, chroma_b) = map(losses.to_ycbcr, (fused, a, b))
         wanted = losses.stronger_chroma(chroma_a, chroma_b)
-        return {
-            "gradient": self.gradient * losses.gradient_selection(y, y_a, y_b),
-            "correlation": self.correlation * losses.difference_correlation(y, y_a, y_b),
-            "brightest": self.brightest * losses.brightest(y, y_a, y_b),
-            "chroma": self.chroma * (chroma - wanted).abs().sum(1).mean(),
-            "contrast": self.contrast * losses.lost_contrast(y, y_a, y_b),
-            "invented": self.invented * losses.invented_edges(y, y_a, y_b),
-            "information": self.information * losses.lost_information(y, y_a, y_b),
-            "range": self.range * losses.out_of_range(fused),
+        made: dict[str, Callable[[], Tensor]] = {
+            "gradient": lambda: losses.gradient_selection(y, y_a, y_b),
+            "correlation": lambda: losses.difference_correlation(y, y_a, y_b),
+            "brightest": lambda: losses.brightest(y, y_a, y_b),
+            "chroma": lambda: (chroma - wanted).abs().sum(1).mean(),
+            "contrast": lambda: losses.lost_contrast(y, y_a, y_b),
+            "invented": lambda: losses.invented_edges(y, y_a, y_b),
+            "information": lambda: losses.lost_information(y, y_a, y_b),
+            "range": lambda: losses.out_of_range(fused),
         }
+        weights = {name: getattr(self, name) for name in names}
+        return {name: weight * made[name]() for name, weight in weights.items() if weight}
 
 
 class Recipe(ABC):
@@ -160,7 +184,12 @@ class Recipe(ABC):
 def sometimes_grey(a: Tensor, b: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Pairs (N, 3, H, W), a quarter of them without colour: two grey pictures make a grey one.
 
-    Most visible pictures have colour; what has only seen those paints grey ones.
+    Most visible pictures have colour, and a model that sees no others may give grey ones a tint.
+
+    Args:
+        a: source A in [0, 1].
+        b: source B, likewise.
+        generator: source of the draws, on the CPU.
     """
     grey = torch.rand(len(a), generator=generator).to(a).reshape(-1, 1, 1, 1) < 0.25
     (luma_a, _), (luma_b, _) = losses.to_ycbcr(a), losses.to_ycbcr(b)

@@ -21,6 +21,7 @@ from fuseengine.training.diffusion import antithetic_timesteps, normal, sqrt_aba
 from fuseengine.training.masking import dual_mask, exposure_pair, focus_pair
 from fuseengine.training.perceptual import perceptual_loss
 from fuseengine.training.recipes.base import (
+    COLOUR_TERMS,
     ColourFusionWeights,
     Recipe,
     sometimes_grey,
@@ -171,10 +172,9 @@ class MaskDiFuserPairs(Recipe):
         fused = self.estimate(model, all_a, all_b, generator)
         pair, known = fused.chunk(2)
         w = self.weights
-        every = w.terms(fused, all_a, all_b)
         return {
-            **w.terms(pair, a, b),
-            **{name: every[name] for name in _OF_BOTH},
+            **w.terms(pair, a, b, [name for name in COLOUR_TERMS if name not in _OF_BOTH]),
+            **w.terms(fused, all_a, all_b, _OF_BOTH),
             "known": w.known * (known - b).abs().mean(),
         }
 
