@@ -58,6 +58,9 @@ class OnnxRuntimeBackend(Backend):
         session = ort.InferenceSession(
             source.onnx(variant, precision), options, providers=["CPUExecutionProvider"]
         )
+        # Its Python side keeps the serialised model, as large as the weights, for a change of
+        # providers; there is one here.
+        session._model_bytes = None
         return _Runner(session)
 
 

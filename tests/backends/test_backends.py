@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -116,6 +117,33 @@ class TestAgainstReference:
             expected = model(*pair).numpy()
         own = program, ModelStages(model, program), pair, expected
         assert psnr(run(own, backend, "fp32", (16, 16)).output, expected) > LEAST_DB["fp32"]
+
+
+class Fresh:
+    """A source whose networks are new bytes each time, as those that a bundle puts together."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def onnx(self, variant, precision="fp32"):
+        return bytes(bytearray(self.source.onnx(variant, precision)))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.usefixtures("installed")
+def test_nothing_keeps_the_serialised_network(captured, backend):
+    """Beside the weights of a network of gigabytes a device has no room for its file."""
+    program, source, _, _ = captured
+    choice = dict.fromkeys(program.variants(), (backend, "fp32"))
+    size = min(len(source.onnx(variant)) for variant in choice)
+    build_executor(program, Fresh(source), choice, SIZE, "cpu", 1)  # what is made once
+    tracemalloc.start()
+    try:
+        executor = build_executor(program, Fresh(source), choice, SIZE, "cpu", 1)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held - executor.buffer_bytes < size / 2
 
 
 class TestAvailability:
