@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from fuseengine.backends.onnxruntime import session_options
 from fuseengine.errors import CompileError
 from fuseengine.export.graph import infer, load_model
 
@@ -128,9 +129,8 @@ def check_batches(
     """
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
+    options = session_options(1)  # two small runs
     options.log_severity_level = 4
-    options.intra_op_num_threads = 1  # two small runs: more threads only spin
     # Optimising the thousands of nodes of an unrolled sampler takes half a minute.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

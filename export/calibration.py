@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from fuseengine.backends.onnxruntime import session_options
 from fuseengine.demo import demo_pair
 from fuseengine.errors import FrameError, ImageFileError, SettingError
 from fuseengine.pairs import Pair, model_inputs
@@ -369,10 +370,7 @@ def _with_outputs(model: onnx.ModelProto, tensors: Sequence[str], threads: int) 
     shown.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors
     )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options = session_options(threads)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return ort.InferenceSession(
         shown.SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -16,8 +16,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from fuseengine.backends.onnxruntime import session_options
 from fuseengine.demo import demo_pair
-from fuseengine.engine import build_executor
+from fuseengine.engine import available_threads, build_executor
 from fuseengine.errors import CompileError, SettingError
 from fuseengine.export.graph import fixed, opset_of, split_attention
 from fuseengine.export.typed import TypeCount, check_names, count_types, emulated, typed
@@ -306,8 +307,7 @@ def _run(model: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]]) -> list[NDAr
     """A model's outputs in ONNX Runtime, with every half value rounded."""
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options(available_threads())
     content = emulated(model).SerializeToString()
     session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return session.run(None, dict(feeds))

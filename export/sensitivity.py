@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from fuseengine.backends.onnxruntime import session_options
 from fuseengine.export.qdq import SWITCHES, Layer, switchable
 from fuseengine.pairs import Pair
 from fuseengine.program import Program, StageVariant
@@ -90,10 +91,7 @@ class _Switched:
     def __init__(self, model: onnx.ModelProto, layers: int, threads: int) -> None:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options = session_options(threads)
         # Setting up costs more than the runs on small pictures; higher levels nearly double it.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         self.session = ort.InferenceSession(

@@ -43,16 +43,7 @@ class OnnxRuntimeBackend(Backend):
         """One session per variant; it takes any size, so shapes only matter when binding."""
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # Spinning threads take the cores from what runs between stages, and from everything else on
-        # a busy machine, where a stage then takes twice as long.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        # A plan of memory per input size comes on top of what the first run took, a quarter more in
-        # all, and saves no time that could be measured.
-        options.enable_mem_pattern = False
+        options = session_options(threads)
         _share_one_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
         session = ort.InferenceSession(
@@ -62,6 +53,31 @@ class OnnxRuntimeBackend(Backend):
         # providers; there is one here.
         session._model_bytes = None
         return _Runner(session)
+
+
+def session_options(threads: int) -> Any:
+    """Settings for an ``onnxruntime.InferenceSession`` on the CPU.
+
+    Args:
+        threads: that an operator may use.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Spinning threads take the cores from what runs between stages, and from everything else on
+    # a busy machine, where a stage then takes twice as long.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    # A plan of memory per input size comes on top of what the first run took, a quarter more in
+    # all, and saves no time that could be measured.
+    options.enable_mem_pattern = False
+    # Nor a plan of which result takes whose place: of sizes that are open while it is made none
+    # are seen to be equal, so it finds nothing, in time that grows with the square of the nodes:
+    # 10 s for 3,000. The arena gives what is free to the next in any case.
+    options.enable_mem_reuse = False
+    return options
 
 
 @cache
