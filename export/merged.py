@@ -47,6 +47,8 @@ class MergedStages:
         parts: by the name of the stage that each became.
     """
 
+    settled = False
+
     def __init__(self, program: Program, stages: ModelStages, parts: Mapping[str, Part]) -> None:
         self.program, self.stages, self.parts = program, stages, dict(parts)
         self._written: dict[str, bytes] = {}

@@ -61,7 +61,7 @@ def environment_key() -> str:
             digest.update(f"{library}={metadata.version(library)};".encode())
         except metadata.PackageNotFoundError:
             digest.update(f"{library}=none;".encode())
-    digest.update(_processor().encode())
+    digest.update(processor().encode())
     return digest.hexdigest()
 
 
@@ -135,7 +135,8 @@ def _source_folders() -> list[Path]:
     return folders
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What the processor is and can do, as text."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         wanted = ("model name", "flags", "Features", "CPU part")

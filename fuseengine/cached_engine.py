@@ -107,7 +107,7 @@ def load(key: str, settings: Settings, make: Callable[[], nn.Module]) -> Engine 
         return None
     return Engine(
         description.program,
-        CachedStages(networks["fp32"], make, networks["int8"]),
+        CachedStages(networks["fp32"], make, networks["int8"], settled=settings.size is not None),
         description.choice,
         replace(description.report, from_cache=True),
         size=settings.size,

@@ -21,6 +21,8 @@ class ModelStages:
         program: its program, which knows the shapes.
     """
 
+    settled = False
+
     def __init__(self, model: nn.Module, program: Program) -> None:
         self.model, self.program = model, program
         self.written: dict[StageVariant, bytes] = {}
@@ -82,6 +84,8 @@ class CachedStages:
         onnx: serialised ONNX per variant, as far as it was written.
         load: makes the model, for backends that need the module.
         int8: the quantised networks of the variants that run in int8.
+        settled: whether the entry is for one size, see
+            :class:`StageSource <fuseengine.backends.base.StageSource>`.
     """
 
     def __init__(
@@ -89,8 +93,10 @@ class CachedStages:
         onnx: Mapping[StageVariant, bytes],
         load: Callable[[], nn.Module] | None,
         int8: Mapping[StageVariant, bytes] | None = None,
+        settled: bool = False,
     ) -> None:
         self._onnx, self._load, self.int8 = onnx, load, dict(int8 or {})
+        self.settled = settled
         self._model: nn.Module | None = None
 
     def onnx(self, variant: StageVariant, precision: str = "fp32") -> bytes:

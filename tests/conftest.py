@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
+
+# Before anything asks for it; what tests compile is nothing that a user's cache should keep.
+_cache = tempfile.TemporaryDirectory(prefix="fuseengine-tests-")
+os.environ.setdefault("FUSEENGINE_CACHE", _cache.name)
 
 with contextlib.suppress(ImportError):  # the GPU suite runs on machines without it
     import hypothesis

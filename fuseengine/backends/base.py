@@ -13,6 +13,13 @@ from fuseengine.runtime.executor import StageRunner
 class StageSource(Protocol):
     """The networks behind a program's stages."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether they are a chosen engine's, for one size, rather than a search's candidates.
+
+        What a backend made of them is then worth keeping for the next process.
+        """
+
     def onnx(self, variant: StageVariant, precision: str = "fp32") -> bytes:
         """The variant as a serialised ONNX model, height and width open.
 

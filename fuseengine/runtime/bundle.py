@@ -230,6 +230,11 @@ class Bundle:
             self._archive.close()
             raise
 
+    @property
+    def settled(self) -> bool:
+        """See :class:`StageSource <fuseengine.backends.base.StageSource>`."""
+        return self.description.size is not None
+
     def onnx(self, variant: StageVariant, precision: str = "fp32") -> bytes:
         """A network as a serialised ONNX model, put together and checked.
 

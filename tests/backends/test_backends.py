@@ -122,6 +122,8 @@ class TestAgainstReference:
 class Fresh:
     """A source whose networks are new bytes each time, as those that a bundle puts together."""
 
+    settled = False
+
     def __init__(self, source):
         self.source = source
 
