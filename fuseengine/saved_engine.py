@@ -106,6 +106,10 @@ def load(
 ) -> Engine:
     """The engine in a bundle; needs no PyTorch.
 
+    Where stages run in OpenVINO, the first start on a machine keeps the compiled networks in the
+    cache folder (``~/.cache/fuseengine``, or ``FUSEENGINE_CACHE``), up to three times the bundle's
+    size; later ones load in half the time. Where it cannot be written, all are first starts.
+
     Args:
         path: a file that :meth:`Engine.save <fuseengine.engine.Engine.save>` or ``fuseengine
             compile`` wrote.

@@ -42,9 +42,9 @@ _QUICK_SECONDS = 0.4
 _WORTH_MERGING_MS = 250.0
 """Merging is tried from here: below, what a frame saves hardly pays for the longer search."""
 
-_MERGED_AT_MOST = 0.9
+_MERGED_AT_MOST = 0.93
 """Of the time of stages apart: merged ones are taken below. They repeat what a loop repeats, so
-they load up to three times as long and take more memory, which a few percent are not worth.
+they load up to twice as long and take more memory, which a few percent are not worth.
 """
 
 

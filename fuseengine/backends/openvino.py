@@ -78,7 +78,7 @@ def _compiled(
     return core().compile_model(model, "CPU", dict(settings))
 
 
-# --- compiled networks in the cache: opened in a third of the time that compiling takes -----------
+# --- compiled networks in the cache: opening one takes a third of compiling it --------------------
 
 
 def _key(network: bytes, shapes: tuple[tuple[int, ...], ...], precision: str, threads: int) -> str:
