@@ -268,6 +268,8 @@ class _Checker:
 class _As:
     """A source that gives one network, whatever precision is asked for."""
 
+    settled = False
+
     def __init__(self, network: bytes) -> None:
         self.network = network
 

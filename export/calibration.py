@@ -183,7 +183,7 @@ def calibration_pairs(
             message says which pair.
     """
     given = demo_variations() if frames is None else frames
-    pairs = []
+    pairs: list[Pair] = []
     for number in evenly(len(given)):
         infrared, visible = given[number]
         try:

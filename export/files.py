@@ -156,7 +156,7 @@ def export_onnx(
             noise=noise,
             attention_limit=attention_limit,
         )
-        files = (_save(made, path),)
+        files: tuple[OnnxFile, ...] = (_save(made, path),)
         if not check:
             return OnnxExport(files)
         run = made if frames else partial(_run_whole, made)
@@ -277,15 +277,17 @@ def _compared(
     a, b = np.zeros((2, 1, adapter.planes, *adapter.padded), np.float32)
     adapter.load(infrared, visible, a, b)
     expected = _eager(model, a, b)
+    found: NDArray[np.floating[Any]]
+    wanted: NDArray[np.floating[Any]]
     if isinstance(run, onnx.ModelProto):
         noise = noise_for(run, adapter.padded)
         feeds = dict(zip(INPUTS, (infrared[None], visible[None]), strict=True))
         found = _run(run, {**feeds, **noise})[0] / 255.0
-        expected = adapter.store(expected, visible) / 255.0
+        wanted = adapter.store(expected, visible) / 255.0
     else:
         height, width = size
-        found, expected = (x[..., :height, :width] for x in (run(a, b), expected))
-    difference = np.asarray(found, np.float64) - expected
+        found, wanted = (x[..., :height, :width] for x in (run(a, b), expected))
+    difference = np.asarray(found, np.float64) - wanted
     square = float((difference**2).mean())
     psnr = -10 * float(np.log10(square)) if square else float("inf")
     return OnnxExport(files, size, psnr, float(np.abs(difference).max()))
@@ -322,6 +324,8 @@ def _run_whole(model: onnx.ModelProto, a: _Picture, b: _Picture) -> _Picture:
 
 class _Networks:
     """Networks in memory as the source of an engine's stages."""
+
+    settled = False
 
     def __init__(self, networks: Mapping[StageVariant, onnx.ModelProto]) -> None:
         self.networks = networks

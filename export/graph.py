@@ -203,9 +203,10 @@ def _value_of(
     if len(node.output) != 1 or node.domain not in ("", "ai.onnx"):
         return None
     info = known.get(node.output[0])
-    if info is None or info.shape is None or any(not isinstance(n, int) for n in info.shape):
+    if info is None or info.shape is None:
         return None
-    if np.prod(info.shape, dtype=np.int64) > _SMALL:
+    sizes = [n for n in info.shape if isinstance(n, int)]
+    if len(sizes) < len(info.shape) or np.prod(sizes, dtype=np.int64) > _SMALL:
         return None
     if node.op_type == "Shape":
         return _shape_of(node, known.get(node.input[0]))
@@ -385,7 +386,9 @@ def _attention_around(
         return None
     shape, queries = known[softmax.output[0]].shape, known[scores.input[0]].shape
     axis = next((a.i for a in softmax.attribute if a.name == "axis"), -1)
-    over_keys = shape is not None and axis in (-1, len(shape) - 1)
+    if shape is None:
+        return None
+    over_keys = axis in (-1, len(shape) - 1)
     first = after[0].input[0] == softmax.output[0]
     if len(readers[scores.output[0]]) != 1 or not over_keys or not first:
         return None

@@ -269,7 +269,7 @@ class _Lowering:
 def _fetch(module: nn.Module, path: str) -> Tensor:
     for part in path.split("."):
         module = getattr(module, part)
-    return module  # type: ignore[return-value]
+    return module
 
 
 def _drop_dead(writer: OnnxWriter, outputs: Sequence[str]) -> None:
@@ -494,8 +494,9 @@ def _getitem(w: OnnxWriter, x: Any, index: Any) -> Any:
 
 
 def _dimensions(w: OnnxWriter, values: Sequence[int | str]) -> str:
-    if all(not isinstance(v, str) for v in values):
-        return w.integers(*values)
+    numbers = [v for v in values if not isinstance(v, str)]
+    if len(numbers) == len(values):
+        return w.integers(*numbers)
     parts = [v if isinstance(v, str) else w.integers(v) for v in values]
     return parts[0] if len(parts) == 1 else w.add("Concat", *parts, axis=0)
 
@@ -633,7 +634,7 @@ def _pad(
     return w.add("Pad", *inputs, mode=mode)
 
 
-_RESIZE: dict[tuple[str, bool], dict[str, str]] = {
+_RESIZE: dict[tuple[str, bool], dict[str, Any]] = {
     ("nearest", False): {
         "mode": "nearest",
         "coordinate_transformation_mode": "asymmetric",

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -245,7 +246,7 @@ class _Rewriter:
     def _where(self, switch: str, exact: str, rounded: str, output: str) -> str:
         return self._node("Where", [switch, exact, rounded], output)
 
-    def _node(self, op: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
+    def _node(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         # Names of nodes are unique too, and the tensor may have the name of a node of old.
         name = f"{op.lower()}:{output}"
         self.nodes.append(helper.make_node(op, list(inputs), [output], name=name, **attributes))

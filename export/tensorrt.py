@@ -128,7 +128,7 @@ def logger(library: Library) -> Any:
         "VERBOSE": logging.DEBUG - 5,
     }
 
-    class Logger(trt.ILogger):  # type: ignore[misc,name-defined]
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -468,7 +468,6 @@ def _set_shapes(builder: Any, definition: Any, config: Any, settings: BuildSetti
                     f"no shape for input {name!r} {open_shape}; expected one with numbers for -1"
                 )
             continue
-        ranged = isinstance(shape, Range)
         for given in dataclasses.astuple(shape) if isinstance(shape, Range) else (shape,):
             fits = len(given) == len(open_shape) and all(
                 want in (-1, have) for want, have in zip(open_shape, given, strict=True)
@@ -477,7 +476,7 @@ def _set_shapes(builder: Any, definition: Any, config: Any, settings: BuildSetti
                 raise SettingError(
                     f"shape {tuple(given)} for input {name!r}; expected {open_shape}, -1 is open"
                 )
-        if ranged:
+        if isinstance(shape, Range):
             profile = profile or builder.create_optimization_profile()
             profile.set_shape(name, shape.smallest, shape.usual, shape.largest)
         else:

@@ -44,7 +44,7 @@ MARK = "# Written by 'fuseengine export triton-server'; a newer model becomes a 
 _FILES = {"onnxruntime_onnx": "model.onnx", "tensorrt_plan": "model.plan"}
 """Platform -> the file's name that the server expects."""
 
-_TYPES = {
+_TYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "TYPE_FP32",
     onnx.TensorProto.FLOAT16: "TYPE_FP16",
     onnx.TensorProto.UINT8: "TYPE_UINT8",
@@ -258,7 +258,7 @@ def _batched(
 def _two_pairs(made: onnx.ModelProto) -> dict[str, NDArray[np.generic]]:
     """Two different pictures per input: random blocks of 8x8 pixels."""
     rng = np.random.default_rng(0)
-    given = {}
+    given: dict[str, NDArray[np.generic]] = {}
     for value in made.graph.input:
         tensor = value.type.tensor_type
         shape = [2, *(dim.dim_value for dim in tensor.shape.dim[1:])]

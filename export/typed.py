@@ -423,7 +423,10 @@ class _Slots:
     capable: bool
 
 
-_TYPE_NAMES = {TensorProto.FLOAT16: "tensor(float16)", TensorProto.BFLOAT16: "tensor(bfloat16)"}
+_TYPE_NAMES: dict[int, str] = {
+    TensorProto.FLOAT16: "tensor(float16)",
+    TensorProto.BFLOAT16: "tensor(bfloat16)",
+}
 
 
 def fits(array: NDArray[np.float32], half: int) -> bool:
@@ -506,7 +509,7 @@ def _write(model: onnx.ModelProto, plan: _Plan, half_borders: set[str]) -> None:
     infer(model)  # refuses what is not valid
 
 
-_SUFFIXES = {_FLOAT: "float32", **{type: name for name, type in PRECISIONS.items()}}
+_SUFFIXES: dict[int, str] = {_FLOAT: "float32", **{type: name for name, type in PRECISIONS.items()}}
 
 
 class _Constants:

@@ -299,8 +299,8 @@ class _Builder(OnnxWriter):
         # The Cast itself is the output: TensorRT takes nothing after it.
         assert self.nodes[-1].output[0] == last
         self.nodes[-1].output[0] = OUTPUT
-        sides = self.size or ("height", "width")
-        return [helper.make_tensor_value_info(OUTPUT, TensorProto.UINT8, (1, *sides, 3))]
+        shown = self.size or ("height", "width")
+        return [helper.make_tensor_value_info(OUTPUT, TensorProto.UINT8, (1, *shown, 3))]
 
     def _known(self, shape: Sequence[Dim]) -> tuple[Dim, ...]:
         return tuple(shape) if self.padded is None else resolve(shape, self.padded)
