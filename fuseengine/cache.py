@@ -135,6 +135,7 @@ def _source_folders() -> list[Path]:
     return folders
 
 
+@cache
 def processor() -> str:
     """What the processor is and can do, as text."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -103,9 +104,11 @@ def _kept(key: str, settings: Mapping[str, Any]) -> Any:
 
 
 def _keep(key: str, compiled: Any) -> None:
+    made = io.BytesIO()
     try:
-        cache.store(key, {"network": compiled.export_model().getvalue()})
-    except CacheError as error:
+        compiled.export_model(made)
+        cache.store(key, {"network": made.getvalue()})
+    except (CacheError, RuntimeError) as error:
         # A device may well have no place to write to; it compiles each time.
         log.info("%s", error)
 
