@@ -417,9 +417,12 @@ def _build(
     definition = _parsed(network, library, builder, errors)
     config = _config(library, builder, settings)
     _set_shapes(builder, definition, config, settings)
-    path = _timings_path(library, target)
+    path = timings = None
     # TensorRT-RTX measures nothing when it builds: its timing caches do nothing since 1.2.
-    timings = _load_timings(config, path) if keep_timings and not library.is_rtx else None
+    if keep_timings and not library.is_rtx:
+        with contextlib.suppress(CacheError):  # no place for them
+            path = _timings_path(library, target)
+            timings = _load_timings(config, path)
     plan = builder.build_serialized_network(definition, config)
     if plan is None:
         raise CompileError(
@@ -427,7 +430,7 @@ def _build(
             f"{_joined(errors) or 'no reason given'}; try another precision, a larger "
             "workspace_bytes, or another backend"
         )
-    if timings is not None:
+    if path is not None and timings is not None:
         _store_timings(config, path, read=timings)
     return bytes(plan)
 

@@ -31,9 +31,19 @@ _LIBRARIES = ("torch", "onnxruntime", "openvino", "numpy")
 
 
 def cache_folder() -> Path:
-    """Where entries live (not created here)."""
+    """Where entries live (not created here).
+
+    Raises:
+        CacheError: the user has no home folder, and FUSEENGINE_CACHE names no other.
+    """
     chosen = os.environ.get("FUSEENGINE_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "fuseengine"
+    try:
+        return Path(chosen) if chosen else Path.home() / ".cache" / "fuseengine"
+    except RuntimeError as error:
+        raise CacheError(
+            f"no place for the cache ({error}); set FUSEENGINE_CACHE to a folder that can be "
+            "written, or compile with cache=False"
+        ) from error
 
 
 def fingerprint(arrays: Iterable[tuple[str, NDArray[Any]]], *texts: str) -> str:
@@ -74,10 +84,14 @@ def key_of(settings: Mapping[str, Any]) -> str:
 def load(key: str) -> dict[str, bytes] | None:
     """The files of an entry by name, or None when there is none.
 
-    A damaged entry (a file lost, a hash that does not fit) is removed and counts as none.
+    A damaged entry (a file lost, a hash that does not fit) is removed and counts as none, as does
+    a folder that this process may not look into.
     """
-    folder = cache_folder() / key
-    if not folder.is_dir():
+    try:
+        folder = cache_folder() / key
+        if not folder.is_dir():
+            return None
+    except (CacheError, OSError):
         return None
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
@@ -102,7 +116,7 @@ def store(key: str, files: Mapping[str, bytes]) -> None:
     """Write an entry; if another process was first, theirs stays.
 
     Raises:
-        CacheError: the folder cannot be written.
+        CacheError: there is no folder, or it cannot be written.
     """
     root = cache_folder()
     try:

@@ -20,6 +20,7 @@ from typing import Any
 
 from fuseengine.backends import BACKENDS, Backend, openvino
 from fuseengine.cache import cache_folder
+from fuseengine.errors import CacheError
 from fuseengine.machine import Machine, version_tuple
 
 Versions = Callable[[str], str]
@@ -241,19 +242,36 @@ def _native_state() -> str:
 
 
 def _cache_state() -> dict[str, Any]:
-    folder = cache_folder()
+    try:
+        folder = cache_folder()
+    except CacheError:
+        return {
+            "folder": "~/.cache/fuseengine (there is no home)",
+            "entries": 0,
+            "bytes": 0,
+            "writable": False,
+            "free_bytes": 0,
+        }
     there = folder
-    while not there.exists() and there != there.parent:
+    while not _holds(there.exists) and there != there.parent:
         there = there.parent
-    entries = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    entries = [path for path in folder.iterdir() if path.is_dir()] if _holds(folder.is_dir) else []
     files = [file for entry in entries for file in entry.glob("*") if file.is_file()]
     return {
         "folder": str(folder),
         "entries": len(entries),
         "bytes": sum(file.stat().st_size for file in files),
-        "writable": there.is_dir() and os.access(there, os.W_OK | os.X_OK),
+        "writable": _holds(there.is_dir) and os.access(there, os.W_OK | os.X_OK),
         "free_bytes": shutil.disk_usage(there).free,
     }
+
+
+def _holds(question: Callable[[], bool]) -> bool:
+    """Whether something is so of a file; not if it may not be asked."""
+    try:
+        return question()
+    except OSError:
+        return False
 
 
 _LIBRARIES = ("torch", "cupy", "tensorrt", "onnxruntime", "openvino", "triton")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,15 @@ def test_without_a_place_to_write_to(path, tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("in the way")
     monkeypatch.setenv("FUSEENGINE_CACHE", str(file / "cache"))
+    assert fe.load(path, threads=1)(*PAIR).shape == (*SIZE, 3)
+
+
+def test_without_a_home(path, monkeypatch):
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FUSEENGINE_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", none)
     assert fe.load(path, threads=1)(*PAIR).shape == (*SIZE, 3)
 
 

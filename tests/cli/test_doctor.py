@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -138,6 +139,22 @@ class TestFindings:
 
     def test_a_cache_that_cannot_be_written(self, cache, monkeypatch):
         monkeypatch.setattr(fuseengine.doctor.os, "access", lambda *a: False)
+        assert any("cannot be written" in text for text in warnings(look(server())))
+
+    @pytest.mark.parametrize("trouble", ["closed", "none"])
+    def test_a_home_that_is_closed_or_missing(self, monkeypatch, trouble):
+        def closed(path):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        def none():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("FUSEENGINE_CACHE", raising=False)
+        if trouble == "none":
+            monkeypatch.setattr(Path, "home", none)
+        else:
+            monkeypatch.setattr(Path, "is_dir", closed)
+            monkeypatch.setattr(Path, "exists", closed)
         assert any("cannot be written" in text for text in warnings(look(server())))
 
     def test_warnings_come_first(self):
