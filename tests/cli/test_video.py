@@ -21,8 +21,10 @@ from tests.video.conftest import SIZE, fused, moving
 pytest.importorskip("av")
 
 # A user's run with an engine that needs no compiling: the visible frame comes back.
+# What a shell starts in its background ignores Ctrl-C, and so does all that it starts in turn.
 FAKE = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from types import SimpleNamespace
 import fuseengine
 class Engine:
