@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from pathlib import Path
+
+import pytest
 
 # Before anything asks for it; what tests compile is nothing that a user's cache should keep.
 _cache = tempfile.TemporaryDirectory(prefix="fuseengine-tests-")
@@ -18,3 +21,25 @@ with contextlib.suppress(ImportError):  # the GPU suite runs on machines without
         "fuseengine", deadline=None, derandomize=True, database=None, max_examples=60
     )
     hypothesis.settings.load_profile("fuseengine")
+
+
+@pytest.fixture
+def no_home(monkeypatch):
+    """As for a container's user without an entry in its list of users."""
+
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FUSEENGINE_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", none)
+
+
+@pytest.fixture
+def closed_folders(monkeypatch):
+    """As for a service that may not look into any folder."""
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", closed)
+    monkeypatch.setattr(Path, "exists", closed)

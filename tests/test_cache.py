@@ -186,24 +186,13 @@ class TestStore:
         assert cache_store.cache_folder() == tmp_path / ".cache" / "fuseengine"
         assert entries(tmp_path) == []  # asking does not create it
 
-    def test_a_folder_that_may_not_be_looked_into(self, folder, monkeypatch):
-        """A service with a home that is closed to it."""
-
-        def closed(path):
-            raise PermissionError(13, "Permission denied", str(path))
-
+    def test_a_folder_that_may_not_be_looked_into(self, folder, request):
         cache_store.store("key", {"a": b""})
-        monkeypatch.setattr(Path, "is_dir", closed)
+        request.getfixturevalue("closed_folders")
         assert cache_store.load("key") is None
 
-    def test_no_home(self, monkeypatch):
-        """A container's user without an entry in its list of users."""
-
-        def none():
-            raise RuntimeError("Could not determine home directory.")
-
-        monkeypatch.delenv("FUSEENGINE_CACHE", raising=False)
-        monkeypatch.setattr(Path, "home", none)
+    @pytest.mark.usefixtures("no_home")
+    def test_no_home(self):
         assert cache_store.load("key") is None
         with pytest.raises(CacheError, match="set FUSEENGINE_CACHE to a folder"):
             cache_store.store("key", {"a": b""})

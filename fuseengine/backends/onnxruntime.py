@@ -60,6 +60,9 @@ def session_options(threads: int) -> Any:
 
     Args:
         threads: that an operator may use.
+
+    Returns:
+        An ``onnxruntime.SessionOptions``.
     """
     import onnxruntime as ort
 

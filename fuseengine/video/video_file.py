@@ -50,6 +50,7 @@ class VideoSink(Sink):
         super().__init__(str(path))
         try:
             import av
+            from av import library_versions
         except ImportError:
             raise SinkError(
                 f"sink: {path} needs PyAV, which is not installed: pip install 'fuseengine[video]'"
@@ -64,7 +65,7 @@ class VideoSink(Sink):
             raise SinkError(f"sink: cannot write {path}: no folder {path.parent}; make it first")
         options = {}
         if path.suffix.lower() != ".mkv":
-            hybrid = av.library_versions["libavformat"] >= _HYBRID_SINCE
+            hybrid = library_versions["libavformat"] >= _HYBRID_SINCE
             options["movflags"] = "hybrid_fragmented" if hybrid else "frag_keyframe+empty_moov"
         try:
             self._container: Any = av.open(str(path), "w", options=options)

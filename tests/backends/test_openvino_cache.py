@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,12 +97,8 @@ def test_without_a_place_to_write_to(path, tmp_path, monkeypatch):
     assert fe.load(path, threads=1)(*PAIR).shape == (*SIZE, 3)
 
 
-def test_without_a_home(path, monkeypatch):
-    def none():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("FUSEENGINE_CACHE", raising=False)
-    monkeypatch.setattr(Path, "home", none)
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home(path):
     assert fe.load(path, threads=1)(*PAIR).shape == (*SIZE, 3)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -141,20 +140,9 @@ class TestFindings:
         monkeypatch.setattr(fuseengine.doctor.os, "access", lambda *a: False)
         assert any("cannot be written" in text for text in warnings(look(server())))
 
-    @pytest.mark.parametrize("trouble", ["closed", "none"])
-    def test_a_home_that_is_closed_or_missing(self, monkeypatch, trouble):
-        def closed(path):
-            raise PermissionError(13, "Permission denied", str(path))
-
-        def none():
-            raise RuntimeError("Could not determine home directory.")
-
-        monkeypatch.delenv("FUSEENGINE_CACHE", raising=False)
-        if trouble == "none":
-            monkeypatch.setattr(Path, "home", none)
-        else:
-            monkeypatch.setattr(Path, "is_dir", closed)
-            monkeypatch.setattr(Path, "exists", closed)
+    @pytest.mark.parametrize("trouble", ["closed_folders", "no_home"])
+    def test_a_home_that_is_closed_or_missing(self, request, trouble):
+        request.getfixturevalue(trouble)
         assert any("cannot be written" in text for text in warnings(look(server())))
 
     def test_warnings_come_first(self):
